@@ -1,0 +1,477 @@
+"""Where the adversary chooses: which not-kept nodes to ablate and which to leave alone, so as to hurt most.
+
+Its choice is a *source* `s ∈ [0,1]` per node (0 ablate, 1 leave alone); the model then runs under the mask
+`m = g + (1 − g)·s`, so a kept node (`g = 1`) cannot be touched. The deltas of the sites are sources too. One source must
+serve a whole batch (scope `batch`), or the adversary would win by fitting noise (method.md, section 4).
+
+The attack, in the order of `attack`:
+  1. both corners (`s = 0`, `s = 1`), a pool of sources that hurt before, and random draws: the first invariant of
+     method.md, section 3, holds because these are evaluated, not because ascent would find them;
+  2. projected gradient ascent in the unit box from several restarts (Madry et al. 2018, arXiv 1706.06083);
+  3. a discrete stage: round, then flip entries ranked by gradient, since strong attackers end near corners anyway.
+What comes out is a lower bound on the worst case, and is called nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from pdprune.circuits.objective import MaskedLoss
+from pdprune.errors import UserError
+
+Scope = Literal["batch", "universal", "position", "example", "example_position"]
+EXACT_LIMIT = 16
+"""Exact search is refused above this many free entries: 2¹⁶ forward passes."""
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """How the adversary climbs, and how hard.
+
+    Attributes:
+        steps: gradient steps of each restart.
+        step_size: length of a step in every entry of the source, whose range is 1.
+        restarts: independent climbs (particles).
+        optimizer: `sign` steps, `adam`, or `momentum`: sign steps with momentum whose size is halved when they stall.
+        draws: random sources evaluated first, half uniform on [0,1], half fair coins.
+        flips: forward passes that the discrete stage may spend for each of its starts; 0 leaves it out.
+    """
+
+    steps: int = 20
+    step_size: float = 0.1
+    restarts: int = 4
+    optimizer: Literal["sign", "adam", "momentum"] = "sign"
+    draws: int = 16
+    flips: int = 64
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.restarts < 0 or self.draws < 0 or self.flips < 0:
+            raise UserError("ascent: steps, restarts, draws and flips must be 0 or more")
+        if not self.step_size > 0:
+            raise UserError(f"ascent: step_size is {self.step_size}; expected more than 0")
+        if self.optimizer not in ("sign", "adam", "momentum"):
+            raise UserError(f"ascent: optimizer is {self.optimizer!r}; expected sign, adam or momentum")
+
+
+class Game:
+    """One circuit on some data, seen by the adversary: sources in, loss out.
+
+    Entries are the sources of the nodes and, behind them, of the sites' deltas: `[*lead, E]`, `E = n + n_sites`, with the
+    leading dimensions that the scope allows. Groups are what the adversary may choose for separately: the examples in
+    the scopes `example` and `example_position`, and everything together otherwise. G is their number.
+
+    Args:
+        losses: the batches that one source is for: one of them, or all of a data set under `universal`.
+        gates: `[n]`, or `[T, n]`, `[B, T, n]`, of each batch; 1 is kept.
+        scope: what one source is shared by (method.md, section 4).
+        max_ablated: how many nodes the adversary may ablate, summed over parts; None is any number. With it the
+            corner `s = 0` is projected, and nothing is claimed of complete ablation.
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[MaskedLoss],
+        gates: Sequence[Float[Tensor, "*lead n"]],
+        scope: Scope = "batch",
+        max_ablated: int | None = None,
+    ) -> None:
+        if scope not in get_args(Scope):
+            raise UserError(f"scope: got {scope!r}; expected one of {', '.join(get_args(Scope))}")
+        if scope not in ("batch", "universal") and len(losses) > 1:
+            raise UserError(f"scope {scope!r}: one source cannot serve several batches; expected one batch at a time")
+        self.losses = losses
+        self.gates = gates
+        self.scope = scope
+        self.max_ablated = max_ablated
+        model = losses[0].model
+        self.n_nodes = model.n_nodes
+        self.lead = _lead_of(scope, losses[0])
+        self.separable = scope in ("example", "example_position")
+        self.n_groups = losses[0].size if self.separable else 1
+        self.free = self._free(model.delta_sites)
+
+    def _free(self, delta_sites: Bool[Tensor, " s"]) -> Bool[Tensor, "*lead E"]:
+        """Which entries the adversary may move: those of nodes not wholly kept, and of deltas that are not zero."""
+        nodes = torch.stack([_reduce_to(gates < 1, self.lead) for gates in self.gates]).any(0)
+        deltas = delta_sites.to(nodes.device).expand(*self.lead, -1)
+        return torch.cat([nodes, deltas], dim=-1)
+
+    def source(self, entries: Float[Tensor, "*lead E"]) -> Float[Tensor, "*lead n"]:
+        return entries[..., : self.n_nodes]
+
+    def delta_source(self, entries: Float[Tensor, "*lead E"]) -> Float[Tensor, "*lead s"]:
+        return entries[..., self.n_nodes :]
+
+    def loss(self, entries: Float[Tensor, "*lead E"]) -> Float[Tensor, " G"]:
+        """Each group's loss when the adversary plays `entries`."""
+        total = sum(loss.size for loss in self.losses)
+        groups = []
+        for loss, gates in zip(self.losses, self.gates, strict=True):
+            mask = gates + (1 - gates) * self.source(entries)
+            per_example = loss.per_example(mask, self.delta_source(entries))
+            groups.append(per_example if self.separable else per_example.mean(0, keepdim=True) * (loss.size / total))
+        return groups[0] if len(groups) == 1 else torch.stack(groups).sum(0)
+
+    def loss_and_gradient(
+        self, entries: Float[Tensor, "*lead E"]
+    ) -> tuple[Float[Tensor, " G"], Float[Tensor, "*lead E"]]:
+        """The loss, and how it changes with every entry; groups do not touch one another."""
+        leaf = entries.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = self.loss(leaf)
+            (gradient,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True, materialize_grads=True)
+        return loss.detach(), gradient.masked_fill(~self.free, 0)
+
+    def project(self, entries: Float[Tensor, "*lead E"]) -> Float[Tensor, "*lead E"]:
+        """The nearest allowed source: in the box, 1 where nothing is free, within the budget of ablated nodes."""
+        boxed = entries.clamp(0, 1).masked_fill(~self.free, 1)
+        if self.max_ablated is None:
+            return boxed
+        source = _ablate_at_most(self.source(entries).masked_fill(~self.source(self.free), 1), self.max_ablated)
+        return torch.cat([source, self.delta_source(boxed)], dim=-1)
+
+    def corner(self, value: float) -> Float[Tensor, "*lead E"]:
+        return self.project(torch.full(self.free.shape, value, device=self.free.device))
+
+    def draw(self, rng: torch.Generator, *, coins: bool) -> Float[Tensor, "*lead E"]:
+        """A random source: uniform on [0,1], or fair coins."""
+        uniform = torch.rand(self.free.shape, generator=rng).to(self.free.device)
+        return self.project(uniform.round() if coins else uniform)
+
+    def grouped(self, entries: Tensor) -> Tensor:
+        """`[G, X]`: all entries of a group in one row."""
+        return entries.reshape(self.n_groups, -1)
+
+
+@dataclass
+class Worst:
+    """The worst source met so far, group by group.
+
+    Attributes:
+        entries: `[*lead, E]`, sources of nodes, then of deltas.
+        losses: `[G]`, the loss of each group under them.
+    """
+
+    game: Game
+    entries: Float[Tensor, "*lead E"]
+    losses: Float[Tensor, " G"]
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.mean())
+
+    def meet(self, entries: Float[Tensor, "*lead E"], losses: Float[Tensor, " G"]) -> Bool[Tensor, " G"]:
+        """Keep what hurts more than anything before; says in which groups."""
+        better = losses > self.losses
+        chosen = torch.where(better[:, None], self.game.grouped(entries), self.game.grouped(self.entries))
+        self.entries = chosen.reshape(self.entries.shape)
+        self.losses = torch.where(better, losses, self.losses)
+        return better
+
+    def play(self, entries: Float[Tensor, "*lead E"]) -> Bool[Tensor, " G"]:
+        with torch.no_grad():
+            return self.meet(entries, self.game.loss(entries))
+
+
+def attack(
+    game: Game,
+    ascent: Ascent,
+    rng: torch.Generator,
+    *,
+    pool: Sequence[Float[Tensor, "*lead E"]] = (),
+    stop_above: float | None = None,
+) -> Worst:
+    """Look for the source that hurts most.
+
+    Args:
+        game: what is attacked.
+        ascent: the budget.
+        rng: decides restarts and draws.
+        pool: sources to try besides, e.g. those that hurt similar circuits.
+        stop_above: end as soon as the loss is above this; what is asked then is only whether it can be.
+
+    Returns:
+        the worst source met; its loss is never below that of `s = 0`, `s = 1`, the pool or a draw.
+    """
+    ones = game.corner(1.0)
+    with torch.no_grad():
+        worst = Worst(game, ones, game.loss(ones))
+    for _ in _moves(worst, ascent, rng, pool):
+        if stop_above is not None and worst.loss > stop_above:
+            break
+    return worst
+
+
+def exact_attack(game: Game) -> Worst:
+    """The worst corner of the box, by trying all of them: exact for an adversary that ablates wholly or not at all.
+
+    Raises:
+        UserError: with more than `EXACT_LIMIT` free entries.
+    """
+    free = game.grouped(game.free).any(0).nonzero().squeeze(-1)
+    if len(free) > EXACT_LIMIT:
+        raise UserError(
+            f"search 'exact': the adversary has {len(free)} free entries; expected at most {EXACT_LIMIT}: use 'gradient'"
+        )
+    ones = game.corner(1.0)
+    with torch.no_grad():
+        worst = Worst(game, ones, game.loss(ones))
+    for corner in itertools.product((0.0, 1.0), repeat=len(free)):
+        entries = game.grouped(torch.ones_like(ones))
+        entries[:, free] = torch.tensor(corner, device=ones.device, dtype=ones.dtype)
+        candidate = entries.reshape(ones.shape).masked_fill(~game.free, 1)
+        if game.max_ablated is None or _within_budget(game, candidate):
+            worst.play(candidate)
+    return worst
+
+
+def _moves(worst: Worst, ascent: Ascent, rng: torch.Generator, pool: Sequence[Tensor]) -> Iterator[None]:
+    """All stages of the attack; yields after every evaluation, so that the caller may stop."""
+    game = worst.game
+    for entries in (*pool, game.corner(0.0)):
+        worst.play(game.project(entries))
+        yield
+    for index in range(ascent.draws):
+        worst.play(game.draw(rng, coins=index % 2 == 1))
+        yield
+    ends = []
+    for restart in range(ascent.restarts):
+        climber = Climber(game, _start(worst, restart, rng), ascent)
+        best = Worst(game, climber.entries, torch.full_like(worst.losses, -torch.inf))
+        for _ in range(ascent.steps):
+            losses = climber.step()
+            best.meet(climber.before, losses)
+            worst.meet(best.entries, best.losses)
+            yield
+        best.play(climber.entries)
+        worst.meet(best.entries, best.losses)
+        yield
+        ends.append(best)
+    if not ascent.flips:
+        return
+    starts = [Worst(game, worst.entries, worst.losses), *sorted(ends, key=lambda best: -best.loss)]
+    for best in starts if _is_small(game) else starts[:2]:
+        yield from _discrete_stage(best, worst, ascent.flips)
+
+
+def _start(worst: Worst, restart: int, rng: torch.Generator) -> Tensor:
+    """Where a restart begins: half-way between the worst known source and the middle of the box, then at random.
+
+    The corner `s = 1` itself is no start: under KL the unablated model is a minimum, where the gradient is zero.
+    """
+    match restart:
+        case 0:
+            return worst.game.project(0.5 * (worst.entries + 0.5))
+        case _:
+            return worst.game.draw(rng, coins=restart % 2 == 0)
+
+
+@dataclass
+class Climber:
+    """One particle: a source that takes projected ascent steps and remembers what its optimiser needs."""
+
+    game: Game
+    entries: Float[Tensor, "*lead E"]
+    ascent: Ascent
+    moments: Float[Tensor, "two *lead E"] | None = None
+    taken: int = 0
+    before: Tensor = field(init=False)
+    size: float = field(init=False)
+    recent: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.before = self.entries
+        self.size = self.ascent.step_size
+        if self.moments is None:
+            self.moments = torch.zeros(2, *self.entries.shape, device=self.entries.device)
+
+    def step(self) -> Float[Tensor, " G"]:
+        """Climb once; returns the loss at the point climbed from, which `before` then holds."""
+        losses, gradient = self.game.loss_and_gradient(self.entries)
+        self.before = self.entries
+        self.climb(gradient)
+        self._halve_when_stalled(float(losses.mean()))
+        return losses
+
+    def climb(self, gradient: Float[Tensor, "*lead E"]) -> None:
+        """Take one step along a gradient that is already known."""
+        self.entries = self.game.project(self.entries + self.size * self._direction(gradient))
+
+    def _direction(self, gradient: Tensor) -> Tensor:
+        assert self.moments is not None
+        self.taken += 1
+        match self.ascent.optimizer:
+            case "sign":
+                return gradient.sign()
+            case "momentum":
+                unit = gradient / gradient.abs().mean().clamp(min=1e-30)
+                self.moments[0] = 0.75 * self.moments[0] + unit
+                return self.moments[0].sign()
+            case "adam":
+                self.moments[0] = 0.9 * self.moments[0] + 0.1 * gradient
+                self.moments[1] = 0.99 * self.moments[1] + 0.01 * gradient.square()
+                mean = self.moments[0] / (1 - 0.9**self.taken)
+                square = self.moments[1] / (1 - 0.99**self.taken)
+                return mean / square.sqrt().clamp(min=1e-12)
+
+    def _halve_when_stalled(self, loss: float) -> None:
+        if self.ascent.optimizer != "momentum":
+            return
+        self.recent.append(loss)
+        window = max(4, self.ascent.steps // 8)
+        if len(self.recent) >= 2 * window:
+            if max(self.recent[-window:]) <= max(self.recent[:-window]):
+                self.size *= 0.5
+            self.recent = self.recent[-window:]
+
+
+def _discrete_stage(best: Worst, worst: Worst, flips: int) -> Iterator[None]:
+    """Round a source, then flip what the gradient says would hurt more, while it does and the budget lasts.
+
+    Each round ranks all flips by their first-order gain. It tries the first 2, 4, 8, ... of them together; if none
+    helps, the best ones one at a time, and in small games two at a time.
+    """
+    game = best.game
+    rounded = game.project(best.entries.round())
+    current = Worst(game, rounded, torch.full_like(best.losses, -torch.inf))
+    current.play(rounded)
+    worst.meet(current.entries, current.losses)
+    yield
+    left = flips * (4 if _is_small(game) else 1)
+    while left > 0:
+        _, gradient = game.loss_and_gradient(current.entries)
+        left -= 3  # a backward pass costs about two forward ones
+        base, improved = current.entries, False
+        for together in _blocks(game, gradient, base):
+            improved |= bool(current.play(_flipped(game, base, together)).any())
+            worst.meet(current.entries, current.losses)
+            left -= 1
+            yield
+        for few in () if improved else _singles_and_pairs(game, gradient, base):
+            if left <= 0:
+                break
+            improved |= bool(current.play(_flipped(game, current.entries, few)).any())
+            worst.meet(current.entries, current.losses)
+            left -= 1
+            yield
+        if not improved:
+            break
+
+
+def _is_small(game: Game) -> bool:
+    """Whether pairs of entries can be tried too."""
+    return int(game.grouped(game.free).sum(-1).max()) <= EXACT_LIMIT
+
+
+def _gain(game: Game, gradient: Tensor, at: Tensor) -> Float[Tensor, "G X"]:
+    """What the gradient promises for flipping each entry of a rounded source."""
+    promised = game.grouped(gradient) * (1 - 2 * game.grouped(at))
+    return promised.masked_fill(~game.grouped(game.free), -torch.inf)
+
+
+def _blocks(game: Game, gradient: Tensor, at: Tensor) -> Iterator[Bool[Tensor, "G X"]]:
+    """The most promising 2, 4, 8, ... flips, and all that promise anything."""
+    if game.max_ablated is not None:
+        yield _ablate_best(game, gradient, game.grouped(at))
+    gain = _gain(game, gradient, at)
+    ranked = gain.argsort(dim=-1, descending=True, stable=True)
+    n_promising = int((gain > 0).sum(-1).max())
+    for size in sorted({2**k for k in range(1, n_promising.bit_length())} | ({n_promising} - {0, 1})):
+        yield _first(ranked, gain, size)
+
+
+def _singles_and_pairs(game: Game, gradient: Tensor, at: Tensor) -> Iterator[Bool[Tensor, "G X"]]:
+    """The most promising entries one at a time, and in small games two at a time."""
+    ranked = _gain(game, gradient, at).argsort(dim=-1, descending=True, stable=True)
+    n_free = int(game.grouped(game.free).sum(-1).max())
+    nothing = torch.zeros(ranked.shape, dtype=torch.bool, device=ranked.device)
+    ranks = range(min(n_free, EXACT_LIMIT))
+    for rank in ranks:
+        yield nothing.scatter(-1, ranked[:, [rank]], True)
+    for pair in itertools.combinations(ranks, 2) if _is_small(game) else ():
+        yield nothing.scatter(-1, ranked[:, list(pair)], True)
+
+
+def _first(ranked: Tensor, gain: Tensor, size: int) -> Bool[Tensor, "G X"]:
+    """The `size` flips of the highest gain, where there is any gain."""
+    return torch.zeros_like(gain, dtype=torch.bool).scatter(-1, ranked[:, :size], True) & (gain > 0)
+
+
+def _ablate_best(game: Game, gradient: Tensor, at: Tensor) -> Bool[Tensor, "G X"]:
+    """The flips that lead to ablating, within the budget, just the nodes whose ablation promises most."""
+    score = (-game.source(gradient)).masked_fill(~game.source(game.free), -torch.inf)
+    chosen = score.topk(min(game.max_ablated or 0, score.shape[-1]), dim=-1)
+    source = torch.ones_like(score).scatter(-1, chosen.indices, (chosen.values <= 0).to(score.dtype))
+    wanted = torch.cat([source, game.delta_source(at.reshape(gradient.shape))], dim=-1)
+    return game.grouped(wanted) != at
+
+
+def _flipped(game: Game, entries: Tensor, flips: Bool[Tensor, "G X"]) -> Tensor:
+    grouped = game.grouped(entries)
+    return game.project(torch.where(flips, 1 - grouped, grouped).reshape(entries.shape))
+
+
+def _ablate_at_most(source: Float[Tensor, "*lead n"], budget: int) -> Float[Tensor, "*lead n"]:
+    """Project onto `{s ∈ [0,1]ⁿ : Σ(1 − s) ≤ budget}` by bisection on the shift, the usual capped-simplex projection."""
+    low = torch.zeros(*source.shape[:-1], 1, device=source.device)
+    high = (1 - source.min(dim=-1, keepdim=True).values).clamp(min=0)
+    within = (1 - source.clamp(0, 1)).sum(-1, keepdim=True) <= budget
+    for _ in range(40):
+        middle = (low + high) / 2
+        over = (1 - (source + middle).clamp(0, 1)).sum(-1, keepdim=True) > budget
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    return torch.where(within, source, source + high).clamp(0, 1)
+
+
+def _within_budget(game: Game, entries: Tensor) -> bool:
+    assert game.max_ablated is not None
+    return bool(((1 - game.source(entries)).sum(-1) <= game.max_ablated + 1e-4).all())
+
+
+def _lead_of(scope: Scope, loss: MaskedLoss) -> tuple[int, ...]:
+    """The leading dimensions of a source (method.md, section 4)."""
+    if scope in ("batch", "universal"):
+        return ()
+    lead = loss.leading_shape
+    if len(lead) == 1:
+        if scope == "position":
+            raise UserError("scope 'position': the sites' inputs have no position dimension; expected [B, T, d]")
+        return lead
+    if len(lead) != 2:
+        raise UserError(f"scope {scope!r}: the sites' inputs have leading shape {list(lead)}; expected [B] or [B, T]")
+    batch, positions = lead
+    return {"position": (positions,), "example": (batch, 1), "example_position": (batch, positions)}[scope]
+
+
+def _reduce_to(free: Bool[Tensor, "*full n"], lead: tuple[int, ...]) -> Bool[Tensor, "*lead n"]:
+    """True where an entry that is shared as `lead` says has an effect anywhere."""
+    padded = free.reshape((1,) * (3 - free.ndim) + tuple(free.shape))
+    target = (1,) * (2 - len(lead)) + lead
+    if len(lead) == 1 and free.ndim == 2 and free.shape[0] not in (1, lead[0]):
+        raise UserError(f"keep: its shape {list(free.shape)} does not fit sources of shape {[*lead, free.shape[-1]]}")
+    for dim, size in enumerate(target):
+        if size == 1:
+            padded = padded.any(dim, keepdim=True)
+    return padded.expand(*target, -1).reshape(*lead, free.shape[-1])
+
+
+def per_batch(keep: Float[Tensor, "*lead n"], losses: Sequence[MaskedLoss]) -> list[Float[Tensor, "*lead n"]]:
+    """The gates of each batch: the same for all, or each batch's rows of one row an example, all examples in order.
+
+    Rows by example are `[B, T, n]`, or `[B, n]` in networks without positions.
+    """
+    if keep.ndim < 2 or keep.shape[0] == 1 or keep.ndim - 1 < len(losses[0].leading_shape):
+        return [keep] * len(losses)
+    sizes = [loss.size for loss in losses]
+    if keep.shape[0] != sum(sizes):
+        raise UserError(
+            f"keep: its shape is {list(keep.shape)}; expected {sum(sizes)} rows, one an example of all batches in order"
+        )
+    return list(keep.split(sizes))

@@ -1,0 +1,134 @@
+"""The loss of a batch as a function of masks, and what ablated parts are replaced by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pdprune.batches import Batch, first_tensor, output_of, to_device
+from pdprune.decomposition import DecomposedModel, mean_reference, resample_reference
+from pdprune.errors import NonFiniteLossError, UserError
+from pdprune.losses import LossFunction, loss_function
+from pdprune.seeding import generator
+
+ReferenceKind = Literal["zero", "mean", "position_mean", "resample"]
+ReferenceInputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What an ablated component is replaced by (method.md, section 2).
+
+    Attributes:
+        kind: `zero`; `mean` over a reference set; `position_mean`, that mean at each position by itself;
+            `resample`, the values on the batch's `counterfactual`, or else on another example of the batch.
+        means: for the two means, each site's mean input.
+        seed: decides which other example resampling reads.
+    """
+
+    kind: ReferenceKind
+    means: ReferenceInputs | None = None
+    seed: int = 0
+
+    @classmethod
+    def measure(
+        cls, kind: ReferenceKind, model: DecomposedModel, batches: Sequence[Batch], seed: int = 0
+    ) -> Reference:
+        """Make a reference, measuring means on `batches` where they are asked for.
+
+        Raises:
+            UserError: for an unknown kind.
+        """
+        match kind:
+            case "zero" | "resample":
+                return cls(kind, seed=seed)
+            case "mean" | "position_mean":
+                inputs = [batch.raw for batch in batches]
+                return cls(kind, mean_reference(model, inputs, per_position=kind == "position_mean"), seed)
+            case _:
+                raise UserError(f"reference: got {kind!r}; expected one of {', '.join(get_args(ReferenceKind))}")
+
+    def on(self, model: DecomposedModel, batch: Batch, index: int = 0) -> ReferenceInputs | None:
+        """The reference input of every site for one batch, the `index`-th of its split; None is zero."""
+        if self.kind != "resample":
+            return self.means
+        if batch.counterfactual is not None:
+            return resample_reference(model, batch.inputs, batch.counterfactual)
+        return resample_reference(model, batch.inputs, _other_examples(batch, self.seed, index).inputs)
+
+
+class MaskedLoss:
+    """The loss of one batch under masks, against the unablated target on that batch.
+
+    The target runs once, here; each call runs the masked model.
+    """
+
+    def __init__(
+        self,
+        model: DecomposedModel,
+        batch: Batch,
+        loss: str | LossFunction = "kl",
+        reference: ReferenceInputs | None = None,
+    ) -> None:
+        self.model = model
+        self.batch: Batch = to_device(batch, model.device)
+        self.reference = reference
+        self._loss: Callable[[Tensor, Tensor, Batch], Tensor] = loss_function(loss)
+        with torch.no_grad():
+            self.target_output = output_of(model(self.batch.inputs)).detach()
+        if not bool(torch.isfinite(self.target_output).all()):
+            raise NonFiniteLossError("target: its output on a batch is NaN or infinite; expected finite numbers")
+
+    @property
+    def size(self) -> int:
+        return self.batch.size
+
+    @cached_property
+    def leading_shape(self) -> tuple[int, ...]:
+        """The dimensions before the last of what the sites read: `(B, T)`, or `(B,)` in networks without positions."""
+        with torch.no_grad():
+            read = self.model.site_inputs(self.batch.inputs).values()
+        return max((x.shape[:-1] if x.is_floating_point() else x.shape for x in read), key=len)
+
+    def output(
+        self, mask: Float[Tensor, "*lead n"] | None, delta_mask: Float[Tensor, "*lead s"] | None = None
+    ) -> Tensor:
+        return output_of(self.model(self.batch.inputs, mask, delta_mask, self.reference))
+
+    def per_example(
+        self, mask: Float[Tensor, "*lead n"] | None, delta_mask: Float[Tensor, "*lead s"] | None = None
+    ) -> Float[Tensor, " B"]:
+        """Each example's loss under a mask: `[n]`, or any shape that broadcasts (method.md, section 4)."""
+        return self._loss(self.output(mask, delta_mask), self.target_output, self.batch)
+
+
+def masked_losses(
+    model: DecomposedModel, batches: Sequence[Batch], loss: str | LossFunction, reference: Reference
+) -> list[MaskedLoss]:
+    """The losses of a split, one a batch."""
+    return [
+        MaskedLoss(model, batch, loss, reference.on(model, to_device(batch, model.device), index))
+        for index, batch in enumerate(batches)
+    ]
+
+
+def by_size(losses: Sequence[MaskedLoss], values: Sequence[Any]) -> float:
+    """The mean of one value a batch, weighted by the number of examples."""
+    total = sum(loss.size for loss in losses)
+    return float(sum(loss.size * float(value) for loss, value in zip(losses, values, strict=True)) / total)
+
+
+def _other_examples(batch: Batch, seed: int, index: int) -> Batch:
+    """The batch in an order in which no example meets itself."""
+    if batch.size < 2:
+        raise UserError("reference 'resample': a batch of one example has no other to read; give 'counterfactual' inputs")
+    order = torch.randperm(batch.size, generator=generator(seed, "resample", index))
+    other = torch.empty_like(order)
+    other[order] = order.roll(1)
+    return batch.select(other.to(first_tensor(batch.inputs).device))
