@@ -1,0 +1,157 @@
+"""What happens around a fit: its folder is opened, checkpoints are saved, progress is told."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from pdprune.errors import NonFiniteLossError
+from pdprune.loggers import MetricsCsv, wandb_logger
+from pdprune.run_folder import RunFolder, write_atomically
+
+
+class OpenRunFolder(SaveConfigCallback):
+    """Makes the run folder once everything has been set up and restored, so that a bad config leaves nothing behind.
+
+    Then, not before: `config.yaml` is written, and the loggers are attached to the trainer.
+
+    Args:
+        parser, config: the command line's parser and what it parsed.
+        overwrite: remove an earlier run's files first.
+    """
+
+    def __init__(self, parser: Any, config: Any, overwrite: bool = False, **kwargs: Any) -> None:
+        super().__init__(parser, config, overwrite=overwrite, **kwargs)
+        self._is_resumed = False
+        self._last_logged_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing: the stock callback writes here, when the model may still turn out to be wrong."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        csv_logger = _csv_logger_of(trainer)
+        if csv_logger is not None:
+            checkpoint["last_logged_step"] = csv_logger.last_step
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._is_resumed = True
+        self._last_logged_step = checkpoint.get("last_logged_step", -1)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = RunFolder(trainer.default_root_dir)
+        config_yaml = self.parser.dump(self.config, skip_none=False)
+        if trainer.is_global_zero:
+            if self.overwrite and not self._is_resumed:
+                folder.clear()
+            folder.checkpoints.mkdir(parents=True, exist_ok=True)
+            folder.mark_unfinished()
+            write_atomically(folder.path / "config.yaml", config_yaml)
+        trainer.strategy.barrier("open_run_folder")
+
+        csv_logger = MetricsCsv(folder.path / "metrics.csv")
+        csv_logger.drop_rows_after(self._last_logged_step)
+        loggers = [*trainer.loggers, csv_logger]
+        if self.config.trainer.logger in (None, True):
+            wandb = wandb_logger(folder.path, yaml.safe_load(config_yaml), is_new_run=not self._is_resumed)
+            loggers += [wandb] if wandb is not None else []
+        trainer.loggers = loggers
+
+
+class RunCheckpoint(Checkpoint):
+    """Saves `checkpoints/last.ckpt` every few steps and keeps the one before as `previous.ckpt`.
+
+    Args:
+        every_n_steps: a checkpoint is saved each time so many optimiser steps (`trainer.global_step`) have been made,
+            and at the end.
+    """
+
+    def __init__(self, every_n_steps: int = 20) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._saved_at_step = 0
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._saved_at_step = checkpoint["global_step"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step - self._saved_at_step >= self.every_n_steps:
+            self._log_step_before_saving(trainer)
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step > self._saved_at_step:
+            self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """SIGTERM comes between two batches, where a checkpoint is whole; a non-finite loss leaves one to look into."""
+        if isinstance(exception, SIGTERMException):
+            self._save(trainer)
+        elif isinstance(exception, NonFiniteLossError):
+            trainer.save_checkpoint(RunFolder(trainer.default_root_dir).non_finite)
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:
+            return
+        folder = RunFolder(trainer.default_root_dir)
+        if trainer.is_global_zero:
+            folder.keep_last_as_previous()
+        trainer.save_checkpoint(folder.last)
+        self._saved_at_step = trainer.global_step
+
+    @staticmethod
+    def _log_step_before_saving(trainer: Trainer) -> None:
+        """Write this step's row of metrics.csv now: Lightning does so after the batch, when a kill may have come."""
+        csv_logger = _csv_logger_of(trainer)
+        if csv_logger is None or (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % trainer.log_every_n_steps:
+            return
+        metrics = trainer._logger_connector.metrics["log"]
+        if metrics:
+            values = {name: float(value) for name, value in metrics.items()}
+            values["epoch"] = trainer.current_epoch
+            csv_logger.log_metrics(values, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+class PlainProgress(Callback):
+    """A line of the progress bar's values every few seconds, where there is no terminal to draw a bar on.
+
+    Args:
+        seconds: the least time between two lines.
+    """
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self.seconds = seconds
+        self._told_at = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_global_zero and time.monotonic() - self._told_at >= self.seconds:
+            self._told_at = time.monotonic()
+            self._tell(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._tell(trainer)
+
+    @staticmethod
+    def _tell(trainer: Trainer) -> None:
+        limit = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+        values = (f"{name} {_short(value)}" for name, value in trainer.progress_bar_metrics.items())
+        print(f"step {trainer.global_step}{limit}  " + "  ".join(values), flush=True)
+
+
+def _short(value: float | int | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _csv_logger_of(trainer: Trainer) -> MetricsCsv | None:
+    return next((logger for logger in trainer.loggers if isinstance(logger, MetricsCsv)), None)

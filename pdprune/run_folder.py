@@ -1,0 +1,176 @@
+"""A run's folder: which files it holds, what state it is in, and how they are written.
+
+Everything is written to a temporary file beside its place and then renamed, so that whoever is killed at whatever
+moment leaves each file either as it was or complete.
+
+    config.yaml          the whole resolved configuration
+    checkpoints/         last.ckpt, previous.ckpt (what last was one save ago), and the mark of a finished run
+    metrics.csv          every logged value by step
+    ...                  what the model writes when its fit ends, for instance circuit.json and audit.json
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from pdprune.errors import UserError
+
+RESULT_FILES = (
+    "config.yaml",
+    "metrics.csv",
+    "circuit.json",
+    "circuit.safetensors",
+    "audit.json",
+    "predictions.jsonl",
+    "report.html",
+)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write `content` to `path` so that a reader finds the old file or the whole new one, never a part of it."""
+    # A fixed name for the temporary file: what a kill leaves behind is overwritten the next time.
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, the temporary one beside the place where it goes.
+
+    Lightning's own writes to the system's temporary folder first, and moving from there is atomic only where both lie
+    on one file system.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.tmp")
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        return read_checkpoint(Path(path), map_location)
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """The content of a Lightning checkpoint, loaded with `weights_only=True`.
+
+    Raises:
+        UserError: there is no such file, it is truncated or corrupt, or it is no Lightning checkpoint.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself doesn't look at the checksums
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"checksum of {damaged}")
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds, by where the damage lies
+        raise UserError(
+            f"checkpoint {path} cannot be read: it is truncated, corrupt or not a checkpoint"
+            f" ({type(error).__name__}); give another, or --ckpt_path last"
+        ) from error
+    if not isinstance(content, dict) or "state_dict" not in content or "loops" not in content:
+        raise UserError(f"{path} is not a checkpoint of a run: it has no 'state_dict' and 'loops'")
+    return content
+
+
+class RunFolder:
+    """The files of one run under `path`; nothing is created before `create`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self.previous = self.checkpoints / "previous.ckpt"
+        self.non_finite = self.checkpoints / "non-finite.ckpt"
+        self._finished_mark = self.checkpoints / "finished"
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return self.last.exists() or self.previous.exists()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a fit came to its end here. Results whose checkpoints were deleted count as finished too."""
+        if self._finished_mark.exists():
+            return True
+        return not self.has_checkpoint and any((self.path / name).exists() for name in ("circuit.json", "audit.json"))
+
+    def mark_finished(self) -> None:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._finished_mark, "")
+
+    def mark_unfinished(self) -> None:
+        self._finished_mark.unlink(missing_ok=True)
+
+    def require_writable(self) -> None:
+        """Raise a `UserError` unless the folder can be made and written to. Leaves no trace."""
+        existing = self.path.absolute()
+        while not existing.exists():
+            existing = existing.parent
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"run folder {self.path} cannot be written to ({error.strerror} in {existing});"
+                " choose another with --trainer.default_root_dir"
+            ) from error
+
+    def newest_readable_checkpoint(self) -> Path | None:
+        """`last.ckpt`, or, with a warning, the one before it if that is damaged; None if there is none at all.
+
+        Raises:
+            UserError: there are checkpoints, but none can be read.
+        """
+        damaged = []
+        for path in (self.last, self.previous):
+            if not path.exists():
+                continue
+            try:
+                read_checkpoint(path)
+            except UserError:
+                damaged.append(path)
+                continue
+            if damaged:
+                warnings.warn(f"{damaged[0]} cannot be read; going on from {path}", stacklevel=2)
+            return path
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {self.checkpoints} can be read"
+                f" ({', '.join(path.name for path in damaged)} damaged); start over with --overwrite"
+            )
+        return None
+
+    def keep_last_as_previous(self) -> None:
+        """Give the file that is `last.ckpt` now a second name, so that it outlives the next save."""
+        if not self.last.exists():
+            return
+        temporary = self.previous.with_name(f"{self.previous.name}.tmp")
+        temporary.unlink(missing_ok=True)
+        os.link(self.last, temporary)
+        os.replace(temporary, self.previous)
+
+    def clear(self) -> None:
+        """Remove an earlier run's files; whatever else lies in the folder stays."""
+        for name in RESULT_FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for path in (*self.checkpoints.glob("*.ckpt"), *self.checkpoints.glob("*.tmp"), self._finished_mark):
+            path.unlink(missing_ok=True)

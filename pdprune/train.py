@@ -1,0 +1,290 @@
+"""The command line: `python -m pdprune.train COMMAND --config FILE [--config OVERLAY] [--key value]`. Commands:
+
+    fit        train what the config describes; a circuit is then selected and audited
+    validate   scores on the select split
+    test       the audit, on the held-out split
+    predict    predictions.jsonl: the answers, prompt by prompt
+
+A run writes into `--trainer.default_root_dir`, by default `runs/<name of the last --config>`. `fit --ckpt_path last`
+goes on from where a run was stopped; a finished run is replaced only with `--overwrite`. The other commands read
+`last.ckpt` of that folder unless `--ckpt_path` names another checkpoint.
+
+What a model may define beyond a LightningModule:
+
+    finish(datamodule, folder: Path) -> None
+        called when training is over, on every rank, also in a run that is resumed after its last step: writes the
+        results. It must be deterministic, so that a kill in the middle of it can be made good by doing it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from omegaconf.errors import OmegaConfBaseException
+
+from pdprune.callbacks import OpenRunFolder, PlainProgress, RunCheckpoint
+from pdprune.config_errors import explain
+from pdprune.errors import NonFiniteLossError, UserError
+from pdprune.run_folder import AtomicCheckpointIO, RunFolder, read_checkpoint, write_atomically
+
+# ${...} is resolved inside a subcommand too, and the fields of dataclasses get a help text.
+jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True, docstring_parse_attribute_docstrings=True)
+
+TRAINER_DEFAULTS = {
+    "enable_model_summary": False,
+    "enable_autolog_hparams": False,  # the resolved config says more
+    "log_every_n_steps": 1,  # metrics.csv holds every value
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,  # Lightning's shuffles even where shuffle=False
+}
+
+COMMANDS = {
+    "fit": "Train, then write the results into the run folder.",
+    "validate": "Score a checkpoint on the select split.",
+    "test": "Audit a checkpoint on the held-out split.",
+    "predict": "Write a checkpoint's answers, prompt by prompt, to predictions.jsonl.",
+}
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, also used for nested classes, that takes no beginning of a key for the key."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+
+class PdpruneCLI(LightningCLI):
+    """Lightning's command line with run folders that can be trusted."""
+
+    def __init__(self, args: list[str]) -> None:
+        self._args = args
+        parser_kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False}
+        super().__init__(
+            model_class=LightningModule,
+            datamodule_class=LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=OpenRunFolder,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            parser_kwargs={
+                **parser_kwargs,
+                "prog": "pdprune",
+                "description": "Find circuits that hold whatever happens to the rest of the network, and audit them.",
+                **{name: {**parser_kwargs, "description": text} for name, text in COMMANDS.items()},
+            },
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, and which arguments of the Trainer's methods are not offered."""
+        return {
+            name: skipped | {"weights_only", "return_predictions"}
+            for name, skipped in LightningCLI.subcommands().items()
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_argument("--overwrite", action="store_true", help="Replace what the run folder holds.")
+        parser.set_defaults({"trainer.default_root_dir": default_run_folder(self._args)})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        require_readable_configs(args)
+        with self._told_in_one_line(args):
+            self.config = parser.parse_args(args)
+
+    def instantiate_classes(self) -> None:
+        with self._told_in_one_line([self.subcommand]):
+            super().instantiate_classes()
+
+    @contextmanager
+    def _told_in_one_line(self, args: list[str]) -> Iterator[None]:
+        """Turn whatever is wrong with the configuration of `args`, or refused by a constructor, into a `UserError`."""
+        try:
+            yield
+        except (argparse.ArgumentError, OmegaConfBaseException, ValueError, OSError) as error:
+            if (known := _user_error_behind(error)) is not None:
+                raise known from error
+            command = args[0] if args and args[0] in COMMANDS else None
+            flags = self._subcommand_parsers[command]._option_string_actions if command else ()
+            keys = [flag[2:] for flag in flags if flag.startswith("--") and flag not in ("--help", "--print_config")]
+            raise UserError(explain(error, command, keys)) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: the stock command line lets hyper-parameters in the checkpoint win over config and flags."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what can't end well before anything is loaded or written."""
+        config = self.config[self.subcommand]
+        self.folder = RunFolder(config.trainer.default_root_dir)
+        self.folder.require_writable()
+        self.save_config_kwargs["overwrite"] = bool(config.overwrite)
+        if self.subcommand == "fit" and not config.overwrite:
+            self._refuse_to_lose_results(config.ckpt_path)
+        self._checkpoint = self._find_checkpoint(config.ckpt_path)
+
+    def _refuse_to_lose_results(self, ckpt_path: str | None) -> None:
+        path = self.folder.path
+        if self.folder.is_finished:
+            raise UserError(
+                f"run folder {path} holds a finished run; replace it with --overwrite, or choose another folder with"
+                " --trainer.default_root_dir"
+            )
+        if ckpt_path is None and self.folder.has_checkpoint:
+            raise UserError(
+                f"run folder {path} holds an unfinished run; go on with --ckpt_path last, or start over with"
+                " --overwrite"
+            )
+
+    def _find_checkpoint(self, ckpt_path: str | None) -> Path | None:
+        is_fit = self.subcommand == "fit"
+        if ckpt_path is None and is_fit:
+            return None
+        if ckpt_path not in (None, "last"):
+            read_checkpoint(Path(ckpt_path))
+            return Path(ckpt_path)
+        newest = self.folder.newest_readable_checkpoint()
+        if newest is None and not is_fit:
+            raise UserError(f"no checkpoint in {self.folder.checkpoints}; name one with --ckpt_path PATH")
+        if newest is None:
+            print(f"No checkpoint in {self.folder.checkpoints} yet: starting from the beginning.", file=sys.stderr)
+        return newest
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        given = self._get(self.config_init, "trainer")
+        is_interactive = sys.stdout.isatty() and not os.environ.get("CI")
+        if given["logger"] in (None, True):
+            kwargs["logger"] = False  # OpenRunFolder attaches ours, once there is something to log
+        if given["enable_progress_bar"] is None and not is_interactive:
+            kwargs["enable_progress_bar"] = False
+            kwargs["callbacks"] = [*_as_list(given["callbacks"]), PlainProgress()]
+        kwargs["plugins"] = [*_as_list(given["plugins"]), AtomicCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self, model: LightningModule, **kwargs: Any) -> None:
+        """Train, let the model write its results, and mark the run as finished."""
+        self._run("fit", model, kwargs)
+        if self._get(self.config, "trainer").fast_dev_run:
+            return
+        finish = getattr(model, "finish", None)
+        if finish is not None:
+            finish(datamodule=self.datamodule, folder=self.folder.path)
+        if self.trainer.is_global_zero:
+            self.folder.mark_finished()
+            print(f"Results are in {self.folder.path}")
+
+    def validate(self, model: LightningModule, **kwargs: Any) -> None:
+        self._run("validate", model, kwargs)
+
+    def test(self, model: LightningModule, **kwargs: Any) -> None:
+        self._run("test", model, kwargs)
+
+    def predict(self, model: LightningModule, **kwargs: Any) -> None:
+        """Write the dicts that `predict_step` returns, a list of them for each batch, as JSON lines."""
+        batches = self._run("predict", model, kwargs)
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for batch in batches or [] for record in batch]
+        path = self.folder.path / "predictions.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(lines))
+        print(f"Wrote {len(lines)} predictions to {path}")
+
+    def _run(self, command: str, model: LightningModule, kwargs: dict[str, Any]) -> Any:
+        kwargs["ckpt_path"] = None if self._checkpoint is None else str(self._checkpoint)
+        try:
+            return getattr(self.trainer, command)(model, **kwargs, weights_only=True)
+        except NonFiniteLossError as error:
+            raise UserError(f"{error} (the state is in {self.folder.non_finite})") from error
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            details = " ".join(str(error).split("\n\t")[1].split()) if "\n\t" in str(error) else str(error)
+            raise UserError(
+                f"checkpoint {self._checkpoint} is of another model than the config's {type(model).__name__}: {details}"
+            ) from error
+
+
+def config_files(args: list[str]) -> list[str]:
+    """The values of the `--config` flags, in order."""
+    flags = [
+        argument.partition("=")[::2] if argument.startswith("--") else (argument, "") for argument in [*args, "--"]
+    ]
+    return [
+        value or following
+        for (flag, value), (following, _) in itertools.pairwise(flags)
+        if flag in ("--config", "-c") and (value or following != "--")
+    ]
+
+
+def default_run_folder(args: list[str]) -> str:
+    """`runs/` and the name of the last `--config` file: an overlay names the variant that it makes."""
+    configs = config_files(args)
+    return f"runs/{Path(configs[-1]).stem}" if configs else "runs/unnamed"
+
+
+def require_readable_configs(args: list[str]) -> None:
+    """Raise a `UserError` for the first `--config` file that doesn't exist or is no YAML."""
+    for file in config_files(args):
+        try:
+            yaml.safe_load(Path(file).read_text())
+        except OSError as error:
+            raise UserError(f"config file {file} cannot be read: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"config file {file} is no valid YAML: {error}") from error
+
+
+def _user_error_behind(error: BaseException | None) -> UserError | None:
+    """The `UserError` that a library caught and wrapped, if there is one."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _quieten_lightning() -> None:
+    """Leave out what Lightning says to everyone: found accelerators, advertisements, advice on worker processes."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line and return its exit status: 2 for a mistake of the user's, told in one line."""
+    _quieten_lightning()
+    try:
+        PdpruneCLI(sys.argv[1:] if args is None else args)
+    except SIGTERMException:
+        print("pdprune: stopped by SIGTERM; go on with --ckpt_path last", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    except (UserError, MisconfigurationException) as error:
+        print("pdprune: error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
