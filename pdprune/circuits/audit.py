@@ -1,0 +1,625 @@
+"""The audit: the checks of a circuit on data that nothing was chosen on (method.md, section 3).
+
+`audit` lists the checks, and each is a function below it. The one that counts is the attack, which `adversary.py`
+carries out. A passed audit means "survived this attack, with this budget": it is a lower bound on the worst case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pdprune.batches import Batch, as_batches
+from pdprune.circuits.adversary import Ascent, Game, Scope, Worst, attack, exact_attack, per_batch
+from pdprune.circuits.circuit import Circuit
+from pdprune.circuits.findings import (
+    KL,
+    Adversarial,
+    Audit,
+    RandomCircuits,
+    Rung,
+    Score,
+    Stochastic,
+    TaskScores,
+)
+from pdprune.circuits.objective import MaskedLoss, Reference, ReferenceKind, masked_losses
+from pdprune.circuits.second_attack import attack_again, n_free
+from pdprune.decomposition import DecomposedModel
+from pdprune.errors import NonFiniteLossError, UserError
+from pdprune.losses import (
+    LossFunction,
+    answers,
+    kl,
+    loss_function,
+    loss_name,
+    scored_positions,
+    task_loss_and_accuracy,
+)
+from pdprune.seeding import generator
+
+__all__ = ["Audit", "as_gates", "audit"]
+
+FLOOR = Ascent(steps=20, step_size=0.1, restarts=4)
+"""No audit attacks with less than this, corners and discrete stage included."""
+AUTO_LIMIT = 12
+"""`search="auto"` tries all subsets too, up to this many free entries."""
+CLIMBS_RELATIVE, CLIMBS_ABSOLUTE = 0.02, 1e-4
+"""An attack that finds this much more than another shows that the other had not converged."""
+
+Search = Literal["gradient", "exact", "auto"]
+Keep = Circuit | Tensor | Iterable[int]
+
+
+def audit(
+    model: DecomposedModel,
+    keep: Keep,
+    batches: Iterable[Any],
+    *,
+    loss: str | LossFunction = "kl",
+    reference: ReferenceKind | Reference = "zero",
+    scope: Scope = "batch",
+    target_loss: float | None = None,
+    steps: int = 20,
+    step_size: float = 0.1,
+    restarts: int = 4,
+    search: Search = "gradient",
+    seed: int = 0,
+    scheme: str | None = None,
+    ladder: Sequence[int] = (),
+    second_attack: bool = False,
+    draws: int = 32,
+    random_circuits: int = 4,
+    reference_batches: Iterable[Any] | None = None,
+    max_ablated: int | None = None,
+    held_out: bool | None = None,
+    progress: Callable[[str], None] = lambda check: None,
+) -> Audit:
+    """Check a circuit: completely, at random, and against an adversary.
+
+    Args:
+        model: the decomposed target.
+        keep: the circuit: Bool `[n]`, a set of node indices, a `Circuit`, or keeping by position or example (`[T, n]`,
+            `[B, T, n]`; `[B, n]` in networks without positions; B counts the examples of all batches).
+        batches: re-iterable, of what a DataLoader yields. Each gets a source of its own, so make them large (256): many
+            examples under one source are what keeps the adversary from fitting noise.
+        loss: `"kl"`, `"ce"`, `"mse"`, or a function `(output, target_output, batch) -> [B]`.
+        reference: what ablated components are replaced by: a kind, or one that is measured already.
+        scope: what one source is shared by (method.md, section 4).
+        target_loss: what the circuit should stay within; a `Circuit` brings its own.
+        steps, step_size, restarts: the attack's budget.
+        search: `gradient`; `exact`, all subsets instead, refused above 16 free entries; `auto`, all subsets besides
+            `gradient` up to 12 free entries.
+        seed: decides all draws.
+        scheme: what the circuit was pruned with, for the record; a `Circuit` brings its own.
+        ladder: numbers of steps to attack with besides, e.g. `(20, 80, 320)`.
+        second_attack: whether an attack of another kind follows.
+        draws: random sources of the stochastic check.
+        random_circuits: how many to compare with.
+        reference_batches: what mean references are measured on; by default `batches`.
+        max_ablated: how many nodes the adversary may ablate. With it, its loss may be below that of complete ablation.
+        held_out: whether nothing was chosen on `batches`, for the record.
+        progress: told the name of each check as it begins.
+
+    Returns:
+        what was found. It is the same for the same seed; target and global random state are left as they were.
+
+    Raises:
+        UserError: for what does not fit together, for a budget below 4 restarts × 20 steps of 0.1, and (as
+            `NonFiniteLossError`) for a loss that is NaN or infinite.
+    """
+    plan = _Plan.checked(Ascent(steps, step_size, restarts), search, ladder, second_attack, seed)
+    _require_at_least(1, draws=draws)
+    _require_at_least(0, random_circuits=random_circuits, max_ablated=max_ablated)
+    gates = as_gates(keep, model)
+    if isinstance(keep, Circuit):
+        scheme = scheme or keep.scheme
+        target_loss = keep.target_loss if target_loss is None and keep.loss == loss_name(loss) else target_loss
+    data = as_batches(batches)
+    if not isinstance(reference, Reference):
+        measured_on = data if reference_batches is None else as_batches(reference_batches)
+        reference = Reference.measure(reference, model, measured_on, seed)
+    eye = _Eye.on(masked_losses(model, data, loss, reference), loss)
+    games = _games(eye.losses, gates, scope, max_ablated)
+
+    progress("model, complete ablation, complement")
+    unablated = eye.read(games, [game.corner(1.0) for game in games])
+    complete = eye.read(games, [torch.zeros_like(game.corner(0.0)) for game in games])
+    complement = eye.read_complement(games)
+    progress(f"{draws} random sources")
+    drawn = _draw(eye, games, draws, seed)
+    attacked = _attack(games, drawn.worst, plan, progress)
+    under_attack = eye.read(games, [worst.entries for worst in attacked.worst])
+    progress("transfer to other batches")
+    transfer = _transfer(games, attacked.worst)
+    progress(f"{random_circuits} random circuits")
+    random = _random_circuits(eye, games, model, random_circuits, seed)
+
+    adversarial_loss = _not_below_its_starts(
+        attacked.loss,
+        {"model": unablated.loss, "stochastic": drawn.stochastic.max}
+        | ({"complete": complete.loss} if max_ablated is None else {}),
+    )
+    exact = search == "exact"
+    source, delta_source = _split(games[0], transfer.entries)
+    return Audit(
+        n_nodes=model.n_nodes,
+        n_kept=_n_kept(gates),
+        loss=loss_name(loss),
+        scheme=scheme,
+        reference=reference.kind,
+        scope=scope,
+        n_examples=sum(batch.size for batch in data),
+        batch_size=max(batch.size for batch in data),
+        held_out=held_out,
+        seed=seed,
+        model_loss=unablated.loss,
+        complete_loss=complete.loss,
+        stochastic=drawn.stochastic,
+        adversarial=Adversarial(
+            loss=adversarial_loss,
+            discrete_loss=_discrete_loss(games, attacked.worst),
+            held_out_loss=transfer.held_out_loss,
+            per_example_p95=_p95(under_attack.by_example("loss")),
+            flipped=under_attack.mean("flipped"),
+            steps=0 if exact else steps,
+            step_size=step_size,
+            restarts=0 if exact else restarts,
+            n_ablated=_n_ablated(games, attacked.worst),
+            ladder=attacked.ladder,
+            converged=attacked.converged,
+        ),
+        complement_loss=complement.loss,
+        random_circuits=random,
+        task=_task_scores(unablated, complete, drawn, under_attack),
+        beats_model=_below(complete.mean("ce"), unablated.mean("ce")),
+        target_loss=target_loss,
+        faithful=None if target_loss is None else adversarial_loss <= target_loss,
+        kl=_kl(complete, under_attack),
+        worst_source=source,
+        worst_source_delta=delta_source,
+    )
+
+
+def as_gates(keep: Keep, model: DecomposedModel) -> Float[Tensor, "*lead n"]:
+    """A circuit, however given, as gates of 0 and 1 on the model's device.
+
+    Raises:
+        UserError: for a circuit of another model, an index that no node has, a wrong width, values other than 0 and 1.
+    """
+    n = model.n_nodes
+    match keep:
+        case Circuit():
+            keep.check_fits(model)
+            gates = keep.keep.float()
+        case Tensor():
+            gates = keep.detach().float()
+            if gates.ndim not in (1, 2, 3) or gates.shape[-1] != n:
+                raise UserError(
+                    f"keep: its shape is {list(gates.shape)}; expected [{n}] or [..., {n}], one entry a node"
+                )
+            if not bool(((gates == 0) | (gates == 1)).all()):
+                raise UserError("keep: it has values other than 0 and 1; expected booleans (for indices, give a set)")
+        case _:
+            gates = torch.zeros(n)
+            for node in keep:
+                if isinstance(node, bool) or not isinstance(node, int) or not 0 <= node < n:
+                    raise UserError(f"keep: got node {node!r}; expected indices from 0 to {n - 1}, or Bool [{n}]")
+                gates[node] = 1
+    return gates.to(model.delta_sites.device)
+
+
+# -- what is looked at -----------------------------------------------------------------------------------------------
+
+
+class _Reading(NamedTuple):
+    """What a run of one game's data under one source shows, example by example; None where it makes no sense."""
+
+    loss: Float[Tensor, " B"]
+    ce: Float[Tensor, " B"] | None
+    accuracy: Float[Tensor, " B"] | None
+    flipped: Float[Tensor, " B"] | None
+    kl: Float[Tensor, " B"] | None
+
+
+@dataclass(frozen=True)
+class _Readings:
+    """A reading of every game."""
+
+    games: list[_Reading]
+
+    @property
+    def loss(self) -> float:
+        return _weighted([(len(reading.loss), float(reading.loss.mean())) for reading in self.games])
+
+    def by_example(self, what: str) -> Float[Tensor, " B"]:
+        return torch.cat([getattr(reading, what) for reading in self.games])
+
+    def mean(self, what: str) -> float | None:
+        return None if getattr(self.games[0], what) is None else float(self.by_example(what).double().mean())
+
+
+@dataclass(frozen=True)
+class _Eye:
+    """Runs the masked model and reads all that is asked of its output at once.
+
+    Attributes:
+        losses: the audited batches.
+        loss: the audit's loss.
+        classes: whether outputs are logits of classes, so that there are answers.
+        labelled: whether there are right answers.
+        with_kl: whether the KL is another number than the loss.
+    """
+
+    losses: list[MaskedLoss]
+    loss: Callable[[Tensor, Tensor, Batch], Tensor]
+    classes: bool
+    labelled: bool
+    with_kl: bool
+
+    @classmethod
+    def on(cls, losses: list[MaskedLoss], loss: str | LossFunction) -> _Eye:
+        labelled = all(_has_classes(masked) and _has_class_labels(masked.batch) for masked in losses)
+        classes = labelled or (loss in ("kl", "ce") and all(map(_has_classes, losses)))
+        return cls(losses, loss_function(loss), classes, labelled, classes and loss != "kl")
+
+    def read(self, games: Sequence[Game], entries: Sequence[Float[Tensor, "*lead E"]]) -> _Readings:
+        """Under one source a game: nodes, then deltas."""
+        readings = []
+        for game, played in zip(games, entries, strict=True):
+            source = game.source(played)
+            masks = [gates + (1 - gates) * source for gates in game.gates]
+            readings.append(self._read_game(game, masks, game.delta_source(played)))
+        return _Readings(readings)
+
+    def read_complement(self, games: Sequence[Game]) -> _Readings:
+        """With the circuit ablated and the rest kept, deltas too."""
+        return _Readings([self._read_game(game, [1 - gates for gates in game.gates], None) for game in games])
+
+    def _read_game(self, game: Game, masks: Sequence[Tensor], deltas: Tensor | None) -> _Reading:
+        batches = [self._read_batch(masked, mask, deltas) for masked, mask in zip(game.losses, masks, strict=True)]
+        return _joined(batches)
+
+    def _read_batch(self, masked: MaskedLoss, mask: Tensor, deltas: Tensor | None) -> _Reading:
+        with torch.no_grad():
+            output, target_output, batch = masked.output(mask, deltas), masked.target_output, masked.batch
+            loss = self.loss(output, target_output, batch)
+            if not bool(torch.isfinite(loss).all()):
+                raise NonFiniteLossError("audit: a loss is NaN or infinite with nodes ablated; expected finite numbers")
+            ce, right = task_loss_and_accuracy(output, batch) if self.labelled else (None, None)
+            flipped = _flipped(output, target_output, batch) if self.classes else None
+            divergence = kl(output, target_output, batch) if self.with_kl else None
+            return _Reading(loss, ce, right, flipped, divergence)
+
+
+def _joined(batches: Sequence[_Reading]) -> _Reading:
+    """The readings of several batches, one after another."""
+    fields: dict[str, Any] = {}
+    for what in _Reading._fields:
+        parts = [getattr(reading, what) for reading in batches]
+        fields[what] = None if parts[0] is None else torch.cat(parts)
+    return _Reading(**fields)
+
+
+def _has_classes(masked: MaskedLoss) -> bool:
+    return masked.target_output.ndim in (2, 3) and masked.target_output.shape[-1] > 1
+
+
+def _has_class_labels(batch: Batch) -> bool:
+    return batch.labels is not None and not batch.labels.is_floating_point()
+
+
+def _flipped(output: Tensor, target_output: Tensor, batch: Batch) -> Float[Tensor, " B"]:
+    """The share of each example's scored positions where the answer is not the target's."""
+    differs = answers(output, batch) != answers(target_output, batch)
+    return scored_positions(output, batch).mean_by_example(differs.float(), batch.size)
+
+
+def _games(
+    losses: list[MaskedLoss], gates: Float[Tensor, "*lead n"], scope: Scope, max_ablated: int | None
+) -> list[Game]:
+    """One game a batch; a single one for all of them under `universal`."""
+    of_batches = per_batch(gates, losses)
+    if scope == "universal":
+        return [Game(losses, of_batches, scope, max_ablated)]
+    return [Game([masked], [g], scope, max_ablated) for masked, g in zip(losses, of_batches, strict=True)]
+
+
+# -- random sources --------------------------------------------------------------------------------------------------
+
+
+class _Drawn(NamedTuple):
+    """What random sources show.
+
+    `worst` has the worst draw of each game: over several games they hurt at least as much as any one draw.
+    """
+
+    stochastic: Stochastic
+    worst: list[Worst]
+    score: Score | None
+
+
+def _draw(eye: _Eye, games: Sequence[Game], draws: int, seed: int) -> _Drawn:
+    """Uniform sources on [0,1], deltas too, one a game and draw."""
+    worst = [_unmet(game) for game in games]
+    losses, scores = [], []
+    for draw in range(draws):
+        entries = [
+            game.draw(generator(seed, "audit-draw", draw, index), coins=False) for index, game in enumerate(games)
+        ]
+        readings = eye.read(games, entries)
+        for found, played, reading in zip(worst, entries, readings.games, strict=True):
+            found.meet(played, _group_losses(found.game, reading))
+        losses.append(readings.loss)
+        scores.append(_score(readings))
+    values = torch.tensor(losses, dtype=torch.float64)
+    summary = Stochastic(float(values.mean()), _p95(values), max(losses), draws)
+    return _Drawn(summary, worst, _mean_score([score for score in scores if score is not None]))
+
+
+def _unmet(game: Game) -> Worst:
+    """Nothing met yet: whatever comes is worse."""
+    ones = game.corner(1.0)
+    return Worst(game, ones, torch.full((game.n_groups,), -torch.inf, device=ones.device))
+
+
+def _group_losses(game: Game, reading: _Reading) -> Float[Tensor, " G"]:
+    return reading.loss if game.separable else reading.loss.mean(0, keepdim=True)
+
+
+# -- the attack ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which attacks follow one another, each starting from what the last one found."""
+
+    first: Ascent
+    search: Search
+    ladder: tuple[int, ...]
+    second_attack: bool
+    seed: int
+
+    @classmethod
+    def checked(cls, first: Ascent, search: Search, ladder: Sequence[int], second_attack: bool, seed: int) -> _Plan:
+        """Refuse an attack that is too weak for its outcome to mean anything."""
+        reach, floor_reach = first.steps * first.step_size, FLOOR.steps * FLOOR.step_size
+        if first.restarts < FLOOR.restarts or first.steps < FLOOR.steps or reach < floor_reach - 1e-9:
+            raise UserError(
+                f"audit: got {first.restarts} restarts of {first.steps} steps of {first.step_size}; expected at least "
+                f"{FLOOR.restarts} restarts, {FLOOR.steps} steps, and steps × step_size of {floor_reach:g}"
+            )
+        if search not in get_args(Search):
+            raise UserError(f"search: got {search!r}; expected one of {', '.join(get_args(Search))}")
+        if any(rung < 1 for rung in ladder):
+            raise UserError(f"ladder: got {list(ladder)}; expected numbers of steps, 1 or more")
+        return cls(first, search, tuple(ladder), second_attack, seed)
+
+
+class _Attacked(NamedTuple):
+    """What was found in each game; `loss` is over all of them."""
+
+    worst: list[Worst]
+    loss: float
+    ladder: list[Rung]
+    converged: bool | None
+
+
+def _attack(games: Sequence[Game], starts: list[Worst], plan: _Plan, progress: Callable[[str], None]) -> _Attacked:
+    """All subsets if asked for, the ladder of budgets, and the second attack, from the worst random draws on."""
+    worst = starts
+    if _tries_all_subsets(games, plan.search):
+        progress("attack by all subsets")
+        worst = [_worse(exact_attack(game), known) for game, known in zip(games, worst, strict=True)]
+    base = _loss_of(worst)
+    rungs, later = [], False
+    budgets = {*plan.ladder} if plan.search == "exact" else {*plan.ladder, plan.first.steps}
+    for steps in sorted(budgets):
+        for index, game in enumerate(games):
+            progress(f"attack of {steps} steps, batch {index + 1} of {len(games)}")
+            rng = generator(plan.seed, "audit-attack", steps, index)
+            worst[index] = attack(game, replace(plan.first, steps=steps), rng, pool=[worst[index].entries])
+        rungs.append(Rung(steps, _loss_of(worst)))
+        if steps <= plan.first.steps and plan.search != "exact":
+            base = rungs[-1].loss
+        else:
+            later = True
+    if plan.second_attack:
+        later = True
+        for index, game in enumerate(games):
+            progress(f"second attack, batch {index + 1} of {len(games)}")
+            rng = generator(plan.seed, "audit-second-attack", index)
+            worst[index] = _worse(attack_again(game, plan.first, rng), worst[index])
+    loss = _loss_of(worst)
+    converged = loss <= base * (1 + CLIMBS_RELATIVE) + CLIMBS_ABSOLUTE if later else None
+    return _Attacked(worst, loss, rungs if plan.ladder else [], converged)
+
+
+def _tries_all_subsets(games: Sequence[Game], search: Search) -> bool:
+    """Exact search refuses large games itself; `auto` leaves it out."""
+    return search == "exact" or (search == "auto" and max(map(n_free, games)) <= AUTO_LIMIT)
+
+
+def _worse(one: Worst, other: Worst) -> Worst:
+    """The one that hurts more, group by group."""
+    one.meet(other.entries, other.losses)
+    return one
+
+
+def _loss_of(worst: Sequence[Worst]) -> float:
+    return _weighted([(_size(found.game), found.loss) for found in worst])
+
+
+def _not_below_its_starts(loss: float, starts: dict[str, float]) -> float:
+    """The attack's loss, which is at least that of every start, but for the order in which floats were added."""
+    for name, start in starts.items():
+        if loss < start - 1e-5 * (1 + abs(start)):
+            raise AssertionError(f"the attack ended at {loss}, below its start {name} at {start}")
+    return max(loss, *starts.values())
+
+
+def _discrete_loss(games: Sequence[Game], worst: Sequence[Worst]) -> float:
+    """The worst sources rounded, or a corner where that hurts more."""
+    rounded = []
+    for game, found in zip(games, worst, strict=True):
+        best = _unmet(game)
+        best.play(game.corner(1.0))
+        best.play(_rounded(game, found.entries))
+        if game.max_ablated is None:
+            best.play(game.corner(0.0))
+        rounded.append(best)
+    return _loss_of(rounded)
+
+
+def _rounded(game: Game, entries: Float[Tensor, "*lead E"]) -> Float[Tensor, "*lead E"]:
+    """A source of zeros and ones; within a budget, the most ablated nodes stay ablated."""
+    rounded = entries.round()
+    if game.max_ablated is not None:
+        source = game.source(entries)
+        rank = source.argsort(dim=-1, stable=True).argsort(dim=-1)
+        within = (source.round() == 1) | (rank >= game.max_ablated)
+        rounded = torch.cat([within.to(entries.dtype), game.delta_source(rounded)], dim=-1)
+    return rounded.masked_fill(~game.free, 1)
+
+
+def _n_ablated(games: Sequence[Game], worst: Sequence[Worst]) -> float:
+    """Not-kept nodes with `s < 0.5`, on average over what has a source of its own."""
+    counts = []
+    for game, found in zip(games, worst, strict=True):
+        ablated = game.source((found.entries < 0.5) & game.free)
+        counts.append((_size(game), float(ablated.sum(-1).double().mean())))
+    return _weighted(counts)
+
+
+# -- does the weakness transfer --------------------------------------------------------------------------------------
+
+
+class _Transfer(NamedTuple):
+    """The worst sources on the batches that they were not found on, and the one that hurts all data most."""
+
+    held_out_loss: float | None
+    entries: Float[Tensor, "*lead E"]
+
+
+def _transfer(games: Sequence[Game], worst: Sequence[Worst]) -> _Transfer:
+    """Score every batch's worst source on every batch. Structured weakness transfers, noise does not."""
+    shapes = {found.entries.shape for found in worst}
+    if len(games) == 1 or games[0].separable or len(shapes) > 1:
+        return _Transfer(None, max(worst, key=lambda found: found.loss).entries)
+    sizes = torch.tensor([_size(game) for game in games], dtype=torch.float64)
+    with torch.no_grad():
+        losses = torch.tensor(
+            [[float(game.loss(game.project(found.entries))) for game in games] for found in worst], dtype=torch.float64
+        )
+    pairs = torch.outer(sizes, sizes).fill_diagonal_(0)
+    return _Transfer(float((losses * pairs).sum() / pairs.sum()), worst[int((losses @ sizes).argmax())].entries)
+
+
+# -- random circuits -------------------------------------------------------------------------------------------------
+
+
+def _random_circuits(
+    eye: _Eye, games: Sequence[Game], model: DecomposedModel, count: int, seed: int
+) -> RandomCircuits | None:
+    """Circuits that keep as many nodes of every set of sites, under complete ablation and the least attack allowed."""
+    gates = [g for game in games for g in game.gates]
+    groups = _interchangeable_nodes(gates, model)
+    if count == 0 or not groups:
+        return None
+    complete, adversarial = 0.0, 0.0
+    for circuit in range(count):
+        order = _permuted_within(groups, model.n_nodes, generator(seed, "audit-random-circuit", circuit))
+        others = [
+            Game(game.losses, [g[..., order.to(g.device)] for g in game.gates], game.scope, game.max_ablated)
+            for game in games
+        ]
+        complete += eye.read(others, [torch.zeros_like(game.corner(0.0)) for game in others]).loss / count
+        worst = [
+            attack(game, FLOOR, generator(seed, "audit-random-attack", circuit, index))
+            for index, game in enumerate(others)
+        ]
+        adversarial += _loss_of(worst) / count
+    return RandomCircuits(count, _n_kept(gates), complete, adversarial)
+
+
+def _interchangeable_nodes(gates: Sequence[Tensor], model: DecomposedModel) -> list[list[int]]:
+    """Nodes that live in the same sites, where some are kept and some are not."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for node, sites in enumerate(model.node_signature):
+        groups.setdefault(sites, []).append(node)
+    rows = torch.cat([g.reshape(-1, model.n_nodes) for g in gates])
+    return [nodes for nodes in groups.values() if bool((rows[:, nodes] != rows[:, nodes[:1]]).any())]
+
+
+def _permuted_within(groups: Sequence[Sequence[int]], n: int, rng: torch.Generator) -> Tensor:
+    order = torch.arange(n)
+    for nodes in groups:
+        order[nodes] = torch.tensor(nodes)[torch.randperm(len(nodes), generator=rng)]
+    return order
+
+
+# -- the task --------------------------------------------------------------------------------------------------------
+
+
+def _task_scores(
+    unablated: _Readings, complete: _Readings, drawn: _Drawn, under_attack: _Readings
+) -> TaskScores | None:
+    scores = _score(unablated), _score(complete), drawn.score, _score(under_attack)
+    return None if None in scores else TaskScores(*scores)  # type: ignore[arg-type]
+
+
+def _score(readings: _Readings) -> Score | None:
+    ce, accuracy = readings.mean("ce"), readings.mean("accuracy")
+    return None if ce is None or accuracy is None else Score(ce, accuracy)
+
+
+def _mean_score(scores: Sequence[Score]) -> Score | None:
+    if not scores:
+        return None
+    n = len(scores)
+    return Score(sum(score.ce for score in scores) / n, sum(score.accuracy for score in scores) / n)
+
+
+def _kl(complete: _Readings, under_attack: _Readings) -> KL | None:
+    values = complete.mean("kl"), under_attack.mean("kl")
+    return None if values[0] is None or values[1] is None else KL(values[0], values[1])
+
+
+# -- small change ----------------------------------------------------------------------------------------------------
+
+
+def _weighted(sized: Sequence[tuple[int, float]]) -> float:
+    """The mean of values by how many examples each is of."""
+    return sum(size * value for size, value in sized) / sum(size for size, _ in sized)
+
+
+def _size(game: Game) -> int:
+    return sum(masked.size for masked in game.losses)
+
+
+def _p95(values: Float[Tensor, " k"]) -> float:
+    return float(torch.quantile(values.double(), 0.95))
+
+
+def _n_kept(gates: Tensor | Sequence[Tensor]) -> int:
+    """Nodes kept anywhere."""
+    stacked = [gates] if isinstance(gates, Tensor) else gates
+    return int(torch.cat([g.reshape(-1, g.shape[-1]) for g in stacked]).any(0).sum())
+
+
+def _split(game: Game, entries: Tensor) -> tuple[Tensor, Tensor]:
+    return game.source(entries).cpu().clone(), game.delta_source(entries).cpu().clone()
+
+
+def _below(value: float | None, bound: float | None) -> bool | None:
+    return None if value is None or bound is None else value < bound
+
+
+def _require_at_least(least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UserError(f"{name}: got {value}; expected {least} or more")
