@@ -77,7 +77,9 @@ def matching_sites(target: nn.Module, patterns: Sequence[str]) -> dict[str, nn.M
             require_kind(pattern, paths[pattern])  # a module named outright gets the reason why it is no site
         hits = {paths[path] for path in paths if fnmatchcase(path, pattern)} & first_path.keys()
         if not hits:
-            raise UserError(f"site pattern {pattern!r} matches nothing: the target's sites are {_listed(first_path.values())}")
+            raise UserError(
+                f"site pattern {pattern!r} matches nothing: the target's sites are {_listed(first_path.values())}"
+            )
         matched |= hits
     return {path: module for module, path in first_path.items() if module in matched}
 
@@ -110,7 +112,9 @@ def _configured_heads(target: nn.Module) -> int:
 
 def _head_width(name: str, module: nn.Module, n_columns: int, n_heads: int) -> int:
     if kind_of(module) is EMBEDDING:
-        raise UserError(f"site {name!r} is an Embedding: basis 'head' groups the input columns of attention output projections")
+        raise UserError(
+            f"site {name!r} is an Embedding: basis 'head' groups the input columns of attention output projections"
+        )
     if n_heads < 1 or n_columns % n_heads:
         raise UserError(f"site {name!r} reads {n_columns} columns, which do not divide into n_heads={n_heads} heads")
     return n_columns // n_heads

@@ -1,11 +1,11 @@
 """Two ways to run a target under a mask, equal in values and gradients.
 
-Folded: one mask for all tokens becomes part of the weights, and the target runs at its own speed. The cost beyond the
-target's own training step is `C·I·O` per site, however many tokens there are.
+Folded: one mask for all tokens becomes part of the weights, and the target runs at its own speed. The cost beyond
+the target's own training step is `C·I·O` per site, however many tokens there are.
 
 Per token: masks that differ between examples or positions are applied to each site's output by forward hooks.
 
-Both take masks as `k = m - 1`, split by site, with None where nothing is taken away.
+Both take masks as `k = m - 1`, split by site, with None where nothing is taken away. Shape letters as in `sites.py`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SiteMask(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """A target under one shared mask: what to call it with in place of its own parameters, and what to add."""
+    """A target under one shared mask: what it runs with in place of its own parameters, and what to add."""
 
     parameters: dict[str, Tensor]
     added: list[tuple[SiteMask, Float[Tensor, "*#lead O"]]]
@@ -48,8 +48,8 @@ class Folded(NamedTuple):
 def fold(site_masks: Sequence[SiteMask]) -> Folded:
     """Fold one mask for all tokens into weights and biases.
 
-    `W(m) = W + D`, `b(m) = b - D x̄` with the change `D = -(V·diag(1-m)·U)ᵀ - (1-m_Δ)·Δ`. Summed in float32 or better,
-    then cast to the parameter's type.
+    `W(m) = W + D` and `b(m) = b - D x̄`, with the change `D = -(V·diag(1-m)·U)ᵀ - (1-m_Δ)·Δ`. Summed in float32 or
+    better, then cast to the parameter's type.
     """
     parameters: dict[str, Tensor] = {}
     added: list[tuple[SiteMask, Tensor]] = []
@@ -69,26 +69,26 @@ def fold(site_masks: Sequence[SiteMask]) -> Folded:
             else:
                 bias = module._parameters["bias"]
                 # A Linear without bias accepts one here: its parameters hold the key, with None.
-                parameters[prefix + "bias"] = (term if bias is None else bias.detach() + term).to(weight.dtype)
+                folded_bias = term if bias is None else bias.detach() + term
+                parameters[prefix + "bias"] = folded_bias.to(weight.dtype)
         parameters[prefix + "weight"] = folded.to(weight.dtype)
     return Folded(parameters, added)
 
 
-def terms_added(
-    added: Sequence[tuple[SiteMask, Float[Tensor, "*#lead O"]]], mask_shape: Sequence[int]
-) -> AbstractContextManager[None]:
+def terms_added(added: Sequence[tuple[SiteMask, Float[Tensor, "*#lead O"]]]) -> AbstractContextManager[None]:
     """A context in which each of the sites' modules adds its term to its output."""
 
     def adds(site: Site, term: Tensor) -> OutputRule:
         def rule(x: Tensor, output: Tensor) -> Tensor:
-            return output + _fit_reference(site, term, term.shape[:-1], output.shape[:-1]).to(output.dtype)
+            fitted = _fit_reference(site, term, term.shape[:-1], output.shape[:-1])
+            return output + fitted.to(output.dtype)
 
         return rule
 
-    return _output_rules([(where.site.name, where.module, adds(where.site, term)) for where, term in added], mask_shape)
+    return _output_rules([(at.site.name, at.module, adds(at.site, term)) for at, term in added])
 
 
-def masked_per_token(site_masks: Sequence[SiteMask], mask_shape: Sequence[int]) -> AbstractContextManager[None]:
+def masked_per_token(site_masks: Sequence[SiteMask]) -> AbstractContextManager[None]:
     """A context in which each site answers under its own mask for every token.
 
     Raises (from the target's call, inside the context):
@@ -103,21 +103,20 @@ def masked_per_token(site_masks: Sequence[SiteMask], mask_shape: Sequence[int]) 
             lead = output.shape[:-1]
             if not first_lead:
                 first_lead.append((site.name, lead))
-            _require_same_rank(site, lead, *first_lead[0], mask_shape)
-            for part in (k, k_delta):
+            _require_same_rank(site, lead, *first_lead[0])
+            for what, part in (("mask", k), ("delta_mask", k_delta)):
                 if part is not None:
-                    _require_broadcast(site, part.shape[:-1], lead, mask_shape)
-            if reference is None:
-                fitted = None
-            else:
-                ids = not reference.is_floating_point()
-                fitted = _fit_reference(site, reference, reference.shape if ids else reference.shape[:-1], lead)
+                    _require_broadcast(what, site, part.shape[:-1], lead)
+            fitted = None
+            if reference is not None:
+                per_token = reference.shape[:-1] if reference.is_floating_point() else reference.shape
+                fitted = _fit_reference(site, reference, per_token, lead)
             change = site.output_change(x, fitted, k, k_delta)
             return output if change is None else output + change.to(output.dtype)
 
         return rule
 
-    return _output_rules([(where.site.name, where.module, masks(where)) for where in site_masks], mask_shape)
+    return _output_rules([(at.site.name, at.module, masks(at)) for at in site_masks])
 
 
 OutputRule = Callable[[Tensor, Tensor], Tensor]
@@ -125,11 +124,11 @@ OutputRule = Callable[[Tensor, Tensor], Tensor]
 
 
 @contextmanager
-def _output_rules(rules: Sequence[tuple[str, nn.Module, OutputRule]], mask_shape: Sequence[int]) -> Iterator[None]:
+def _output_rules(rules: Sequence[tuple[str, nn.Module, OutputRule]]) -> Iterator[None]:
     """Forward hooks on the target while it runs, removed whatever happens.
 
-    Some modules read the weight of a child without ever calling it (the output projection of `nn.MultiheadAttention`),
-    and a hook there would silently do nothing: that is refused once the target has run.
+    Some modules read the weight of a child without ever calling it (`nn.MultiheadAttention` and its output
+    projection), and a hook there would silently do nothing: that is refused once the target has run.
     """
     uncalled = {name for name, _, _ in rules}
 
@@ -150,27 +149,25 @@ def _output_rules(rules: Sequence[tuple[str, nn.Module, OutputRule]], mask_shape
             handle.remove()
     if uncalled:
         raise UserError(
-            f"site {min(uncalled)!r} is never called in a forward pass (its weight may be read directly, or not at all): "
-            f"only a mask and a reference shared by all tokens reach it, not a mask of shape {list(mask_shape)} with this reference"
+            f"site {min(uncalled)!r} is never called in a forward pass (its weight may be read directly, or not at "
+            "all): only a mask and a reference shared by all tokens can reach it, not ones that differ between them"
         )
 
 
-def _require_same_rank(
-    site: Site, lead: torch.Size, first_name: str, first_lead: torch.Size, mask_shape: Sequence[int]
-) -> None:
-    """`[L, n]` means positions where inputs are `[B, T, I]` and examples where they are `[B, I]`: sites must agree which."""
+def _require_same_rank(site: Site, lead: torch.Size, first_name: str, first_lead: torch.Size) -> None:
+    """A mask `[L, n]` means positions where sites read `[B, T, I]`, examples where they read `[B, I]`: not both."""
     if len(lead) != len(first_lead):
         raise UserError(
-            f"site {site.name!r} reads leading dimensions {list(lead)} where site {first_name!r} reads {list(first_lead)}: "
-            f"a mask of shape {list(mask_shape)} cannot mean the same at both; use a mask [n] or leave one site out"
+            f"site {site.name!r} reads leading dimensions {list(lead)} where site {first_name!r} reads "
+            f"{list(first_lead)}: only a mask [n] means the same at both; use one, or leave one of the sites out"
         )
 
 
-def _require_broadcast(site: Site, shape: torch.Size, lead: torch.Size, mask_shape: Sequence[int]) -> None:
+def _require_broadcast(what: str, site: Site, shape: torch.Size, lead: torch.Size) -> None:
     if not _broadcasts(shape, lead):
         raise UserError(
-            f"mask of shape {list(mask_shape)} at site {site.name!r}: its leading dimensions {list(shape)} do not broadcast "
-            f"against {list(lead)}, the leading dimensions of what the site reads"
+            f"{what} at site {site.name!r} has leading dimensions {list(shape)}, which do not broadcast against "
+            f"{list(lead)}, the leading dimensions of what the site reads"
         )
 
 
@@ -181,16 +178,11 @@ def _fit_reference(site: Site, value: Tensor, shape: torch.Size, lead: torch.Siz
     """
     if len(shape) == 1 < len(lead) and shape[0] > lead[-1]:
         return value[: lead[-1]]
-    if not _broadcasts(shape, lead):
-        raise UserError(
-            f"reference at site {site.name!r} has leading dimensions {list(shape)}, which do not broadcast against "
-            f"{list(lead)}, the leading dimensions of what the site reads"
-        )
+    _require_broadcast("reference", site, shape, lead)
     return value
 
 
 def _broadcasts(shape: torch.Size, lead: torch.Size) -> bool:
     """Whether `shape` broadcasts against `lead` without making it larger."""
-    return len(shape) <= len(lead) and all(
-        size in (1, full) for size, full in zip(reversed(shape), reversed(lead), strict=False)
-    )
+    aligned = zip(reversed(shape), reversed(lead), strict=False)
+    return len(shape) <= len(lead) and all(size in (1, full) for size, full in aligned)

@@ -60,6 +60,7 @@ class DecomposedModel(nn.Module):
         self.nodes = list(nodes)
         self.n_nodes = len(self.nodes)
         self.n_sites = len(self.sites)
+        self._has_deltas = any(site.has_delta for site in sites)
         self.register_buffer("delta_sites", torch.tensor([site.has_delta for site in sites]), persistent=False)
 
         # Every component's node, site after site: one gather and one split hand a mask to all sites. Where each
@@ -73,7 +74,9 @@ class DecomposedModel(nn.Module):
         module_paths = {module: name for name, module in target.named_modules()}
         self._target_modules = list(module_paths)
         self._target_parameters = [
-            (_join(path, key), module._parameters, key) for module, path in module_paths.items() for key in module._parameters
+            (_join(path, key), module._parameters, key)
+            for module, path in module_paths.items()
+            for key in module._parameters
         ]
         self._site_modules = [target.get_submodule(site.name) for site in sites]
         self._site_prefixes = [_join(module_paths[module], "") for module in self._site_modules]
@@ -174,11 +177,14 @@ class DecomposedModel(nn.Module):
             _require_width(mask, self.n_nodes, "mask", "nodes")
         if delta_mask is not None:
             _require_width(delta_mask, self.n_sites, "delta_mask", "sites")
+            if not self._has_deltas:
+                delta_mask = None
         if reference is not None and reference.keys() != self.sites.keys():
             name = min(reference.keys() ^ self.sites.keys())
-            raise UserError(f"reference {'lacks' if name in self.sites else 'names an unknown'} site {name!r}: expected one entry a site")
+            raise UserError(
+                f"reference {'lacks' if name in self.sites else 'names an unknown'} site {name!r}: expected one entry a site"
+            )
         shared = _is_shared(mask) and _is_shared(delta_mask)
-        mask_shape = [] if mask is None else list(mask.shape)
         site_masks = self._site_masks(mask, delta_mask, reference, shared)
         parameters = self._frozen_parameters()
         with self._at_rest():
@@ -191,9 +197,9 @@ class DecomposedModel(nn.Module):
                 parameters.update(folded.parameters)
                 if not folded.added:
                     return self._call(parameters, args, kwargs)
-                with terms_added(folded.added, mask_shape):
+                with terms_added(folded.added):
                     return self._call(parameters, args, kwargs)
-            with masked_per_token(site_masks, mask_shape):
+            with masked_per_token(site_masks):
                 return self._call(parameters, args, kwargs)
 
     def site_calls(self, inputs: Any) -> dict[str, list[Tensor]]:
@@ -227,7 +233,9 @@ class DecomposedModel(nn.Module):
         calls = self.site_calls(inputs)
         for name, tensors in calls.items():
             if len(tensors) > 1:
-                raise UserError(f"site {name!r} is called {len(tensors)} times in a forward pass: it has no single input")
+                raise UserError(
+                    f"site {name!r} is called {len(tensors)} times in a forward pass: it has no single input"
+                )
         return {name: tensors[0] for name, tensors in calls.items()}
 
     def _site_masks(
@@ -315,7 +323,9 @@ def _recorder(calls: list[Tensor]) -> Any:
 
 def _require_width(mask: Tensor, width: int, what: str, unit: str) -> None:
     if mask.ndim == 0 or mask.shape[-1] != width:
-        raise UserError(f"{what} has shape {list(mask.shape)}, expected [..., {width}]: one entry for each of the {width} {unit}")
+        raise UserError(
+            f"{what} has shape {list(mask.shape)}, expected [..., {width}]: one entry for each of the {width} {unit}"
+        )
 
 
 def _is_shared(mask: Tensor | None) -> bool:
@@ -344,7 +354,9 @@ def _site_modules(target: nn.Module, names: Sequence[str]) -> dict[str, nn.Modul
     for name in names:
         if name not in by_path:
             available = [path for path, module in by_path.items() if kind_of(module) is not None]
-            raise UserError(f"the target has no module {name!r}: its sites are {', '.join(map(repr, available)) or 'none'}")
+            raise UserError(
+                f"the target has no module {name!r}: its sites are {', '.join(map(repr, available)) or 'none'}"
+            )
         require_kind(name, by_path[name])
         if by_path[name] in found:
             raise UserError(f"sites {found[by_path[name]]!r} and {name!r} are one and the same module: name it once")
@@ -405,11 +417,15 @@ def _nodes(
             raise UserError(f"node {index} has no components: expected at least one")
         for name, c in group:
             if name not in sizes:
-                raise UserError(f"node {index} names site {name!r}, which has no components: expected one of {', '.join(sizes)}")
+                raise UserError(
+                    f"node {index} names site {name!r}, which has no components: expected one of {', '.join(sizes)}"
+                )
             if not 0 <= c < sizes[name]:
                 raise UserError(f"node {index} names component {c} of site {name!r}: expected 0 to {sizes[name] - 1}")
             if (name, c) in owner:
-                raise UserError(f"component {c} of site {name!r} is in node {owner[name, c]} and in node {index}: expected one node")
+                raise UserError(
+                    f"component {c} of site {name!r} is in node {owner[name, c]} and in node {index}: expected one node"
+                )
             owner[name, c] = index
     if len(owner) < sum(sizes.values()):
         name, c = next((name, c) for name, size in sizes.items() for c in range(size) if (name, c) not in owner)

@@ -63,7 +63,9 @@ def resample_reference(model: DecomposedModel, inputs: Any, partner_inputs: Any)
     """
     shapes, partner_shapes = _shapes(inputs), _shapes(partner_inputs)
     if shapes != partner_shapes:
-        raise UserError(f"resample reference: inputs of shapes {shapes} and partners of shapes {partner_shapes}, expected the same")
+        raise UserError(
+            f"resample reference: inputs of shapes {shapes} and partners of shapes {partner_shapes}, expected the same"
+        )
     return model.site_inputs(partner_inputs)
 
 
@@ -73,15 +75,22 @@ def _sum_by_position(
     """Sum and number of the tokens that a site read, `P` being positions if asked for and 1 if not. In float64."""
     lead = x.shape if site.kind.reads_ids else x.shape[:-1]
     if per_position and len(lead) < 2:
-        raise UserError(f"site {site.name!r} reads leading dimensions {list(lead)}, which hold no positions to take means for")
+        raise UserError(
+            f"site {site.name!r} reads leading dimensions {list(lead)}, which hold no positions to take means for"
+        )
     if attention_mask is not None and len(lead) == 2 and lead[0] == 1:
-        x, lead = x.expand(*attention_mask.shape, *x.shape[2:]), attention_mask.shape  # position ids, alike for all examples
+        x, lead = (
+            x.expand(*attention_mask.shape, *x.shape[2:]),
+            attention_mask.shape,
+        )  # position ids, alike for all examples
     weight = attention_mask if attention_mask is not None and attention_mask.shape == lead else x.new_ones(lead)
     n_positions = lead[-1] if per_position else 1
     weight = weight.double().reshape(-1, n_positions)
     if site.kind.reads_ids:
         cells = x.reshape(-1, n_positions) + site.d_in * torch.arange(n_positions, device=x.device)
-        total = torch.bincount(cells.flatten(), weight.flatten(), minlength=n_positions * site.d_in).reshape(n_positions, -1)
+        total = torch.bincount(cells.flatten(), weight.flatten(), minlength=n_positions * site.d_in).reshape(
+            n_positions, -1
+        )
     else:
         total = torch.einsum("bp,bpi->pi", weight, x.double().reshape(-1, n_positions, site.d_in))
     return total, weight.sum(0).unsqueeze(-1)
@@ -104,5 +113,7 @@ def _mean(name: str, total: Tensor, count: Tensor, per_position: bool) -> Tensor
 
 def _shapes(inputs: Any) -> list[list[int]]:
     """Shapes of the tensors among a target's arguments."""
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else (inputs,)
+    values = (
+        inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else (inputs,)
+    )
     return [list(value.shape) for value in values if isinstance(value, Tensor)]

@@ -69,7 +69,9 @@ def require_kind(name: str, module: nn.Module) -> Kind:
     if isinstance(weight, UninitializedParameter):
         raise UserError(f"site {name!r} ({type(module).__name__}) has no weight yet: run the target once first")
     if kind is EMBEDDING and getattr(module, "max_norm", None) is not None:
-        raise UserError(f"site {name!r} is an Embedding with max_norm, which rewrites its weight while it runs: set max_norm=None")
+        raise UserError(
+            f"site {name!r} is an Embedding with max_norm, which rewrites its weight while it runs: set max_norm=None"
+        )
     return kind
 
 
