@@ -1,0 +1,209 @@
+"""A task as batches: prompts padded to one length, split in three, training batches a pure function of their number.
+
+Shape suffixes: B batch, T position, K choices of an answer.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from lightning import LightningDataModule
+from torch import Tensor
+
+from pdprune.errors import UserError
+from pdprune.loaders import FixedLoader, StepLoader, seed_from
+from pdprune.targets.store import Target, load_target
+from pdprune.tasks.prompts import Example, Prompt, Split, TaskFile, Window, read_task
+
+IGNORED_LABEL = -100
+UNUSED_CHOICE = -1
+
+TaskBatch = dict[str, Any]
+"""`inputs`: `input_ids` and `attention_mask`, `Int[B, T]`, padded on the right. For prompts `labels: Int[B]`,
+`positions: Int[B]` (the last token of each prompt), `choices: Int[B, K]` (the answer and the wrong ones, -1 unused).
+For text `labels: Int[B, T]` (-100 at padding), every position scored."""
+
+
+class TaskData(LightningDataModule):
+    """The prompts of a task, as a target reads them.
+
+    Three splits by prompt: the gates learn on `train`, the circuit is chosen on `select`, `held_out` is for the audit
+    alone. They are Lightning's train, validation and test (and predict) loaders. All batches have one length T, that
+    of the longest prompt of the task, so that positions mean the same in every batch.
+
+    Raises `UserError`, naming file and line, for prompts that the target cannot read or answer.
+
+    Args:
+        task: name of a shipped task, or path of a JSONL file (`pdprune.tasks.prompts` says what is in it).
+        target: name of a shipped target, or folder of one.
+        max_length: refuse prompts of more tokens; the target's own limit if not given.
+        batch_size: prompts per training step, over all ranks together.
+        audit_batch_size: prompts per batch of the other two splits; the audit's adversary makes one choice per batch.
+        n_train: use only the first so many prompts of the training split; all of them if not given.
+        n_select: the same for the select split.
+        n_held_out: the same for the held-out split.
+        seed: of the order of training prompts, and of the splits of a file that names none.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        target: str,
+        max_length: int | None = None,
+        batch_size: int = 64,
+        audit_batch_size: int = 256,
+        n_train: int | None = None,
+        n_select: int | None = None,
+        n_held_out: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        limits: dict[Split, int | None] = {"train": n_train, "select": n_select, "held_out": n_held_out}
+        sizes = {f"n_{split}": limit for split, limit in limits.items()}
+        for name, value in {"batch_size": batch_size, "audit_batch_size": audit_batch_size, **sizes}.items():
+            if value is not None and value < 1:
+                raise UserError(f"task {task}: {name} is {value}, expected at least 1")
+        self.file = read_task(task, seed)
+        self.name = self.file.name
+        self.target = load_target(target)
+        self.audit_batch_size = audit_batch_size
+        self.seed = seed
+        encoded = encode(self.file, self.target, max_length)
+        self._indices: dict[Split, list[int]] = {
+            split: [index for index, example in enumerate(self.file.examples) if example.split == split][:limit]
+            for split, limit in limits.items()
+        }
+        self._splits = {split: _take(encoded, torch.tensor(indices)) for split, indices in self._indices.items()}
+        self.length = encoded["inputs"]["input_ids"].shape[1]
+        """Tokens of every prompt, padding included."""
+        self.batch_size = min(batch_size, len(self._indices["train"]))
+        """Prompts per training step: as asked for, or all there are."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training batches in one pass over the training split; what is left over waits for the next shuffle."""
+        return len(self._indices["train"]) // self.batch_size
+
+    def train_batch(self, step: int) -> TaskBatch:
+        """Training batch `step`: a pure function of seed, step, rank and world size.
+
+        Each pass takes the prompts in a new order; rank r of N takes every N-th prompt of the batch from the r-th on.
+        """
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        if self.batch_size % world_size:
+            raise UserError(
+                f"task {self.name}: batch_size {self.batch_size} over {world_size} processes, expected a multiple"
+            )
+        epoch, place = divmod(step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(seed_from("order", self.seed, epoch))
+        order = torch.randperm(len(self._indices["train"]), generator=generator)
+        chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
+        return _take(self._splits["train"], chosen[rank::world_size])
+
+    def train_batches(self) -> list[TaskBatch]:
+        """The whole training split in the order of the file, in batches of `audit_batch_size`."""
+        return self._batches("train")
+
+    def select_batches(self) -> list[TaskBatch]:
+        """The whole select split in the order of the file, in batches of `audit_batch_size`."""
+        return self._batches("select")
+
+    def held_out_batches(self) -> list[TaskBatch]:
+        """The whole held-out split in the order of the file, in batches of `audit_batch_size`."""
+        return self._batches("held_out")
+
+    def prompts(self, split: Split) -> list[Example]:
+        """The examples of a split, in the order of its batches."""
+        return [self.file.examples[index] for index in self._indices[split]]
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says about the data."""
+        return {
+            "task": self.name,
+            "task_sha256": self.file.sha256,
+            "target": self.target.name,
+            "length": self.length,
+            "n_train": len(self._indices["train"]),
+            "n_select": len(self._indices["select"]),
+            "n_held_out": len(self._indices["held_out"]),
+        }
+
+    def train_dataloader(self) -> StepLoader:
+        """`train_batch(0)`, `train_batch(1)`, ...; goes on from a checkpoint exactly."""
+        return StepLoader(self.train_batch, self.steps_per_epoch)
+
+    def val_dataloader(self) -> FixedLoader:
+        """The select split, the same on every rank."""
+        return FixedLoader(self.select_batches())
+
+    def test_dataloader(self) -> FixedLoader:
+        """The held-out split, the same on every rank."""
+        return FixedLoader(self.held_out_batches())
+
+    def predict_dataloader(self) -> FixedLoader:
+        """The held-out split, the same on every rank."""
+        return FixedLoader(self.held_out_batches())
+
+    def _batches(self, split: Split) -> list[TaskBatch]:
+        everything = torch.arange(len(self._indices[split]))
+        return [_take(self._splits[split], part) for part in everything.split(self.audit_batch_size)]
+
+
+def encode(file: TaskFile, target: Target, max_length: int | None = None) -> TaskBatch:
+    """All examples of a task file as one batch.
+
+    Raises `UserError`, naming file and line, for a character outside the vocabulary, an answer that is not one token,
+    and a prompt that is empty or longer than `max_length` tokens (by default, and at most, what the target reads).
+    """
+    limit = min(max_length or target.max_length, target.max_length)
+    rows = []
+    for index, example in enumerate(file.examples):
+        try:
+            rows.append(_encode_example(example, target, limit))
+        except UserError as error:
+            raise UserError(f"{file.where(index)}: {error}") from None
+    if isinstance(file.examples[0], Window):
+        labels = {"labels": _pad([ids[1:] for ids, _ in rows], IGNORED_LABEL)}
+        return {"inputs": _inputs([ids[:-1] for ids, _ in rows], target.tokenizer.pad_id), **labels}
+    choices = _pad([choices for _, choices in rows], UNUSED_CHOICE)
+    return {
+        "inputs": _inputs([ids for ids, _ in rows], target.tokenizer.pad_id),
+        "labels": choices[:, 0].clone(),
+        "positions": torch.tensor([len(ids) - 1 for ids, _ in rows]),
+        "choices": choices,
+    }
+
+
+def _encode_example(example: Example, target: Target, limit: int) -> tuple[list[int], list[int]]:
+    """Token ids of the text, and of the answer followed by the wrong ones (none for running text)."""
+    ids = target.tokenizer.encode(example.text)
+    shortest, n_read = (1, len(ids)) if isinstance(example, Prompt) else (2, len(ids) - 1)
+    if len(ids) < shortest:
+        raise UserError(f"text of {len(ids)} tokens, expected at least {shortest}")
+    if n_read > limit:
+        raise UserError(f"prompt of {n_read} tokens, expected at most {limit} for target {target.name}")
+    if isinstance(example, Window):
+        return ids, []
+    return ids, [_one_token(text, target) for text in (example.answer, *example.wrong)]
+
+
+def _one_token(text: str, target: Target) -> int:
+    ids = target.tokenizer.encode(text)
+    if len(ids) != 1:
+        raise UserError(f"answer {text!r} has {len(ids)} tokens, expected one")
+    return ids[0]
+
+
+def _inputs(rows: list[list[int]], pad_id: int) -> dict[str, Int[Tensor, "B T"]]:
+    return {"input_ids": _pad(rows, pad_id), "attention_mask": _pad([[1] * len(ids) for ids in rows], 0)}
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int) -> Int[Tensor, "B T"]:
+    length = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+
+
+def _take(batch: TaskBatch, chosen: Int[Tensor, " b"]) -> TaskBatch:
+    """Some of the examples of a batch."""
+    return {key: _take(value, chosen) if isinstance(value, dict) else value[chosen] for key, value in batch.items()}
