@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib.metadata import version
 from typing import Any
 
 import yaml
@@ -12,8 +13,9 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pdprune.errors import NonFiniteLossError
+from pdprune.files import write_atomically
 from pdprune.loggers import MetricsCsv, wandb_logger
-from pdprune.run_folder import RunFolder, write_atomically
+from pdprune.run_folder import RunFolder
 
 
 class OpenRunFolder(SaveConfigCallback):
@@ -45,22 +47,27 @@ class OpenRunFolder(SaveConfigCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = RunFolder(trainer.default_root_dir)
-        config_yaml = self.parser.dump(self.config, skip_none=False)
+        resolved = self._resolved_config()
         if trainer.is_global_zero:
             if self.overwrite and not self._is_resumed:
                 folder.clear()
-            folder.checkpoints.mkdir(parents=True, exist_ok=True)
             folder.mark_unfinished()
-            write_atomically(folder.path / "config.yaml", config_yaml)
+            content = f"# pdprune {version('pdprune')}\n" + yaml.safe_dump(resolved, sort_keys=False)
+            write_atomically(folder.path / "config.yaml", content.encode())
         trainer.strategy.barrier("open_run_folder")
 
         csv_logger = MetricsCsv(folder.path / "metrics.csv")
         csv_logger.drop_rows_after(self._last_logged_step)
         loggers = [*trainer.loggers, csv_logger]
-        if self.config.trainer.logger in (None, True):
-            wandb = wandb_logger(folder.path, yaml.safe_load(config_yaml), is_new_run=not self._is_resumed)
+        if resolved["trainer"]["logger"] in (None, True):
+            wandb = wandb_logger(folder.path, resolved, is_new_run=not self._is_resumed)
             loggers += [wandb] if wandb is not None else []
         trainer.loggers = loggers
+
+    def _resolved_config(self) -> dict[str, Any]:
+        """What it takes to run again. How this run came to start here is left out."""
+        resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        return {key: value for key, value in resolved.items() if key not in ("config", "overwrite", "ckpt_path")}
 
 
 class RunCheckpoint(Checkpoint):

@@ -7,7 +7,9 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,21 +26,31 @@ _NOISE = re.compile(
 )
 
 
-def explain(error: Exception, command: str | None, known_keys: Iterable[str]) -> str:
+@dataclass(frozen=True)
+class Given:
+    """What a command line consists of, to name the key and the value that are wrong in it."""
+
+    command: str | None
+    """For instance "fit"."""
+    known_keys: Sequence[str]
+    """What the command accepts, for instance "trainer.max_steps"."""
+    configs: Sequence[Any]
+    """The content of its config files, in order."""
+
+
+def explain(error: Exception, given: Given) -> str:
     """One line that names the key, the value, and what was expected.
 
     Args:
         error: what parsing a command line and its config files raised.
-        command: the command whose arguments were parsed, for instance "fit".
-        known_keys: the keys that this command accepts, for instance "trainer.max_steps".
+        given: what was parsed.
     """
     text = str(error)
     if isinstance(error, OmegaConfBaseException):
-        return _explain_interpolation(text, command)
-    explanations = (explain_one(text, known_keys) for explain_one in _EXPLANATIONS)
+        return _explain_interpolation(text, given.command)
+    explanations = (explain_one(text, given) for explain_one in _EXPLANATIONS)
     message = next((found for found in explanations if found is not None), _NOISE.sub("", text))
-    if command is not None:
-        message = message.replace(f"'{command}.", "'").replace(f" {command}.", " ")
+    message = message.replace(f" {given.command}.", " ")
     return " ".join(message.split())
 
 
@@ -51,7 +63,7 @@ def _explain_interpolation(text: str, command: str | None) -> str:
     return message.replace(f"{command}.", "")
 
 
-def _explain_not_accepted(text: str, known_keys: Iterable[str]) -> str | None:
+def _explain_not_accepted(text: str, given: Given) -> str | None:
     found = _NOT_ACCEPTED.search(text)
     if found is None:
         return None
@@ -59,13 +71,13 @@ def _explain_not_accepted(text: str, known_keys: Iterable[str]) -> str | None:
     in_group = found["group"] and f"{found['group']}.{found['member']}"
     name = in_group or found["option"] or found["key"] or found["flag"]
     key = ".".join([*parents, name])
-    value = found["value"] or _given_value(text, name)
+    value = found["value"] or _given_value(text, name) or _value_in_configs(given.configs, key)
     owner = re.findall(r"Problem with given class_path '([^']+)'", text[: found.start()])
-    names = _parameters_of(owner[-1], name.split(".")[:-1]) if owner else list(known_keys)
+    names = _parameters_of(owner[-1], name.split(".")[:-1]) if owner else given.known_keys
     return f"{key}{f' = {value}' if value else ''}: there is no such key; {_suggest(name, names)}"
 
 
-def _explain_import(text: str, known_keys: Iterable[str]) -> str | None:
+def _explain_import(text: str, given: Given) -> str | None:
     found = re.search(
         r"Problem with given class_path '([^']+)':\s+(No module named .*|module .* has no attribute .*|.*[Ii]mport.*)",
         text,
@@ -76,7 +88,7 @@ def _explain_import(text: str, known_keys: Iterable[str]) -> str | None:
     return f"{key}: class {found[1]} can't be imported ({found[2].strip()})"
 
 
-def _explain_required(text: str, known_keys: Iterable[str]) -> str | None:
+def _explain_required(text: str, given: Given) -> str | None:
     found = re.search(r"the following arguments are required: (.*)", text)
     if found is None:
         return None
@@ -85,7 +97,7 @@ def _explain_required(text: str, known_keys: Iterable[str]) -> str | None:
     return f" {missing}: required, but not given; set it in a --config file or with a flag"
 
 
-def _explain_unexpected_value(text: str, known_keys: Iterable[str]) -> str | None:
+def _explain_unexpected_value(text: str, given: Given) -> str | None:
     types = [
         _readable_type(found) for found in re.findall(r"Expected (?:an? )?(.+?)(?:\. Got value: .*)?$", text, re.M)
     ]
@@ -96,10 +108,10 @@ def _explain_unexpected_value(text: str, known_keys: Iterable[str]) -> str | Non
     return f"{'.'.join(_keys_before(text, value.start()))}: expected {' or '.join(expected)}, got '{value[1]}'"
 
 
-def _explain_refusal(text: str, known_keys: Iterable[str]) -> str | None:
+def _explain_refusal(text: str, given: Given) -> str | None:
     """What a constructor itself found wrong stands bare among the errors."""
     found = re.search(r"Errors:\s+- (?!Expected|Problem)(.*)", text)
-    return f"{'.'.join(_keys_before(text, found.start()))}: {found[1]}" if found else None
+    return found[1] if found else None
 
 
 _EXPLANATIONS = (
@@ -121,6 +133,16 @@ def _given_value(text: str, name: str) -> str:
     leaf = re.escape(name.rsplit(".", 1)[-1])
     found = re.search(rf"'{leaf}': ('[^']*'|[^,}}\]]+)|key='(?:[^']*\.)?{leaf}', val='([^']*)'", text)
     return (found[1] or found[2] or "") if found else ""
+
+
+def _value_in_configs(configs: Sequence[Any], key: str) -> str:
+    """What the last config file with this key sets it to."""
+    value = ""
+    for config in configs:
+        for part in key.split("."):
+            config = config.get(part) if isinstance(config, dict) else None
+        value = value if config is None else str(config)
+    return value
 
 
 def _readable_type(found: str) -> str:
@@ -146,7 +168,7 @@ def _parameters_of(class_path: str, path: list[str]) -> list[str]:
         return []  # only the suggestion is lost
 
 
-def _suggest(name: str, names: list[str]) -> str:
+def _suggest(name: str, names: Sequence[str]) -> str:
     tops = list(dict.fromkeys(known.split(".")[0] for known in names))
     top, last = name.split(".")[0], name.rsplit(".", 1)[-1]
     candidates, wanted = (names, name) if top in tops else (tops, top if "." in name else last)

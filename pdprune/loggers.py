@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from pdprune.run_folder import write_atomically
+from pdprune.files import write_atomically
 
 
 class MetricsCsv(Logger):
@@ -92,8 +92,7 @@ class MetricsCsv(Logger):
 
     def _rewrite(self) -> None:
         lines = [",".join(self._columns) + "\n", *map(self._line, self._rows)]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, "".join(lines))
+        write_atomically(self.path, "".join(lines).encode())
         self._last_row_at = sum(map(len, lines[:-1])) if self._rows else len(lines[0])
 
     def _write_last_row(self, is_new_row: bool) -> None:
@@ -118,7 +117,7 @@ def wandb_logger(folder: Path, config: dict[str, Any], is_new_run: bool) -> Logg
     from lightning.pytorch.loggers import WandbLogger
 
     earlier_runs = sorted((folder / "wandb").glob("*run-*-*"))
-    return WandbLogger(
+    logger = WandbLogger(
         project=os.environ.get("WANDB_PROJECT", "pdprune"),
         name=folder.name,
         save_dir=folder,
@@ -127,6 +126,8 @@ def wandb_logger(folder: Path, config: dict[str, Any], is_new_run: bool) -> Logg
         config=config,
         settings=wandb.Settings(silent=True, console="off"),
     )
+    logger._wandb_init.pop("anonymous", None)  # Lightning 2.6 passes it, and wandb 0.31 warns about it
+    return logger
 
 
 def _is_logged_in_to_wandb() -> bool:

@@ -22,6 +22,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from pdprune.errors import UserError
+from pdprune.files import write_atomically
 
 RESULT_FILES = (
     "config.yaml",
@@ -32,17 +33,6 @@ RESULT_FILES = (
     "predictions.jsonl",
     "report.html",
 )
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write `content` to `path` so that a reader finds the old file or the whole new one, never a part of it."""
-    # A fixed name for the temporary file: what a kill leaves behind is overwritten the next time.
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -114,8 +104,7 @@ class RunFolder:
         return not self.has_checkpoint and any((self.path / name).exists() for name in ("circuit.json", "audit.json"))
 
     def mark_finished(self) -> None:
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._finished_mark, "")
+        write_atomically(self._finished_mark, b"")
 
     def mark_unfinished(self) -> None:
         self._finished_mark.unlink(missing_ok=True)
@@ -172,5 +161,6 @@ class RunFolder:
         """Remove an earlier run's files; whatever else lies in the folder stays."""
         for name in RESULT_FILES:
             (self.path / name).unlink(missing_ok=True)
-        for path in (*self.checkpoints.glob("*.ckpt"), *self.checkpoints.glob("*.tmp"), self._finished_mark):
+        leftovers = (*self.path.glob(".*.tmp"), *self.checkpoints.glob("*.tmp"))
+        for path in (*leftovers, *self.checkpoints.glob("*.ckpt"), self._finished_mark):
             path.unlink(missing_ok=True)

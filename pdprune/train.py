@@ -39,9 +39,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from omegaconf.errors import OmegaConfBaseException
 
 from pdprune.callbacks import OpenRunFolder, PlainProgress, RunCheckpoint
-from pdprune.config_errors import explain
+from pdprune.config_errors import Given, explain
 from pdprune.errors import NonFiniteLossError, UserError
-from pdprune.run_folder import AtomicCheckpointIO, RunFolder, read_checkpoint, write_atomically
+from pdprune.files import write_atomically
+from pdprune.run_folder import AtomicCheckpointIO, RunFolder, read_checkpoint
 
 # ${...} is resolved inside a subcommand too, and the fields of dataclasses get a help text.
 jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True, docstring_parse_attribute_docstrings=True)
@@ -108,12 +109,12 @@ class PdpruneCLI(LightningCLI):
         parser.set_defaults({"trainer.default_root_dir": default_run_folder(self._args)})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        require_readable_configs(args)
+        self._configs = read_configs(args)
         with self._told_in_one_line(args):
             self.config = parser.parse_args(args)
 
     def instantiate_classes(self) -> None:
-        with self._told_in_one_line([self.subcommand]):
+        with self._told_in_one_line(self._args):
             super().instantiate_classes()
 
     @contextmanager
@@ -127,7 +128,7 @@ class PdpruneCLI(LightningCLI):
             command = args[0] if args and args[0] in COMMANDS else None
             flags = self._subcommand_parsers[command]._option_string_actions if command else ()
             keys = [flag[2:] for flag in flags if flag.startswith("--") and flag not in ("--help", "--print_config")]
-            raise UserError(explain(error, command, keys)) from error
+            raise UserError(explain(error, Given(command, keys, self._configs))) from error
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the stock command line lets hyper-parameters in the checkpoint win over config and flags."""
@@ -203,8 +204,7 @@ class PdpruneCLI(LightningCLI):
         batches = self._run("predict", model, kwargs)
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for batch in batches or [] for record in batch]
         path = self.folder.path / "predictions.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "".join(lines))
+        write_atomically(path, "".join(lines).encode())
         print(f"Wrote {len(lines)} predictions to {path}")
 
     def _run(self, command: str, model: LightningModule, kwargs: dict[str, Any]) -> Any:
@@ -240,15 +240,21 @@ def default_run_folder(args: list[str]) -> str:
     return f"runs/{Path(configs[-1]).stem}" if configs else "runs/unnamed"
 
 
-def require_readable_configs(args: list[str]) -> None:
-    """Raise a `UserError` for the first `--config` file that doesn't exist or is no YAML."""
+def read_configs(args: list[str]) -> list[Any]:
+    """The content of the `--config` files, unresolved.
+
+    Raises:
+        UserError: one of them doesn't exist, or is no YAML.
+    """
+    contents = []
     for file in config_files(args):
         try:
-            yaml.safe_load(Path(file).read_text())
+            contents.append(yaml.safe_load(Path(file).read_text()))
         except OSError as error:
             raise UserError(f"config file {file} cannot be read: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"config file {file} is no valid YAML: {error}") from error
+    return contents
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:
@@ -264,19 +270,31 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _quieten_lightning() -> None:
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
     """Leave out what Lightning says to everyone: found accelerators, advertisements, advice on worker processes."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+        yield
+
+
+def _speak_up() -> None:
+    """Print what pdprune itself logs, for instance how far selection and audit have come."""
+    logger = logging.getLogger("pdprune")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler(sys.stdout))
+    logger.setLevel(logging.INFO)
 
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return its exit status: 2 for a mistake of the user's, told in one line."""
-    _quieten_lightning()
+    _speak_up()
     try:
-        PdpruneCLI(sys.argv[1:] if args is None else args)
+        with _quiet_lightning():
+            PdpruneCLI(sys.argv[1:] if args is None else args)
     except SIGTERMException:
         print("pdprune: stopped by SIGTERM; go on with --ckpt_path last", file=sys.stderr)
         return 128 + signal.SIGTERM

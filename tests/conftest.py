@@ -1,0 +1,21 @@
+"""What every test needs: one thread each, no network, no leftovers."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported. Two workers with two threads each would fight over two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["WANDB_SILENT"] = "true"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _global_random_state_is_left_alone() -> None:
+    """A test must not depend on what ran before it."""
+    torch.manual_seed(0)
