@@ -1,13 +1,7 @@
 """Loaders whose batches are a pure function of their number, so that an interrupted run goes on exactly."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-
-def seed_from(*parts: object) -> int:
-    """A seed from anything with a stable `repr`: the same on every machine, unlike Python's `hash`."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
 class StepLoader:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from pdprune.errors import UserError
+from pdprune.files import write_atomically
 from pdprune.targets.tokenizer import AsciiTokenizer
 from pdprune.targets.transformer import Transformer, TransformerConfig
 
@@ -65,9 +66,9 @@ def load_target(name_or_folder: str | Path) -> Target:
 
 def save_target(network: Transformer, folder: Path) -> None:
     """Write the network as `folder/model.safetensors`, for `load_target`."""
-    folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata={HEADER_KEY: json.dumps(asdict(network.config))})
+    header = {HEADER_KEY: json.dumps(asdict(network.config))}
+    write_atomically(folder / WEIGHTS, save(state, metadata=header))
 
 
 def _read(path: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from lightning import LightningModule
+from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -108,10 +108,13 @@ class TargetTrainer(LightningModule):
         keep_largest(self.network, fraction)
         self.log("kept", fraction, prog_bar=True)
 
-    def on_fit_end(self) -> None:
-        """Writes the trained network to `target/` in the run folder, ready for `load_target`."""
+    def finish(self, datamodule: LightningDataModule, folder: Path) -> None:
+        """Writes the trained network to `target/` in the run folder, ready for `load_target`.
+
+        The command line calls this at the end of a fit.
+        """
         if self.trainer.is_global_zero:
-            save_target(self.network, Path(self.trainer.default_root_dir) / "target")
+            save_target(self.network, folder / "target")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, with warm-up and cosine stepped with the optimiser."""

@@ -11,13 +11,12 @@ from jaxtyping import Int
 from lightning import LightningDataModule
 from torch import Tensor
 
+from pdprune.batches import IGNORED_LABEL, UNUSED
 from pdprune.errors import UserError
-from pdprune.loaders import FixedLoader, StepLoader, seed_from
+from pdprune.loaders import FixedLoader, StepLoader
+from pdprune.seeding import generator
 from pdprune.targets.store import Target, load_target
 from pdprune.tasks.prompts import Example, Prompt, Split, TaskFile, Window, read_task
-
-IGNORED_LABEL = -100
-UNUSED_CHOICE = -1
 
 TaskBatch = dict[str, Any]
 """`inputs`: `input_ids` and `attention_mask`, `Int[B, T]`, padded on the right. For prompts `labels: Int[B]`,
@@ -96,8 +95,7 @@ class TaskData(LightningDataModule):
                 f"task {self.name}: batch_size {self.batch_size} over {world_size} processes, expected a multiple"
             )
         epoch, place = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(seed_from("order", self.seed, epoch))
-        order = torch.randperm(len(self._indices["train"]), generator=generator)
+        order = torch.randperm(len(self._indices["train"]), generator=generator(self.seed, "prompts", epoch))
         chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
         return _take(self._splits["train"], chosen[rank::world_size])
 
@@ -166,7 +164,7 @@ def encode(file: TaskFile, target: Target, max_length: int | None = None) -> Tas
     if isinstance(file.examples[0], Window):
         labels = {"labels": _pad([ids[1:] for ids, _ in rows], IGNORED_LABEL)}
         return {"inputs": _inputs([ids[:-1] for ids, _ in rows], target.tokenizer.pad_id), **labels}
-    choices = _pad([choices for _, choices in rows], UNUSED_CHOICE)
+    choices = _pad([choices for _, choices in rows], UNUSED)
     return {
         "inputs": _inputs([ids for ids, _ in rows], target.tokenizer.pad_id),
         "labels": choices[:, 0].clone(),

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pdprune.errors import UserError
-from pdprune.loaders import seed_from
 
 Split = Literal["train", "select", "held_out"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -174,7 +173,7 @@ def _with_splits(path: Path, rows: list[tuple[int, dict[str, Any]]], seed: int) 
 def _draw_splits(texts: list[str], seed: int) -> list[Split]:
     """A split for each text, by its rank among the hashes of all."""
     n_select, n_held_out = (max(1, round(share * len(texts))) for share in (SELECT_SHARE, HELD_OUT_SHARE))
-    order = sorted(range(len(texts)), key=lambda index: seed_from(seed, texts[index]))
+    order = sorted(range(len(texts)), key=lambda i: hashlib.sha256(f"{seed} {texts[i]}".encode()).digest())
     splits: list[Split] = ["train"] * len(texts)
     for rank, index in enumerate(order):
         if rank < n_held_out:
