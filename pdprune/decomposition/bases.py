@@ -24,11 +24,12 @@ def decompose(
 
     Args:
         target: any module.
-        sites: patterns on module paths, such as `"*.mlp.down"` (`*` also crosses dots). The sites come in the target's
-            order, each once.
-        basis: `"svd"`: `min(I, O)` components a site, largest singular value first, a node each. `"neuron"`: a component
-            and node for each input column of the site, that is for each neuron that the site reads. `"head"`: the
-            same components, the columns of one attention head forming one node; for the output projections.
+        sites: patterns on module paths, such as `"*.mlp.down"` (`*` also crosses dots). The sites come in the
+            target's order, each once.
+        basis: `"svd"`: `min(I, O)` components a site, largest singular value first, a node each. `"neuron"`: a
+            component and node for each input column of the site, that is for each neuron that the site reads.
+            `"head"`: the same components, the columns of one attention head forming one node; for the output
+            projections of attention.
         n_heads: for `"head"`; by default from `target.config` (`n_heads`, `num_attention_heads` or `n_head`).
 
     Raises:
@@ -39,7 +40,9 @@ def decompose(
         case "svd":
             svds = {name: singular_components(weight_of(m, require_kind(name, m))) for name, m in modules.items()}
             labels = [f"{name}:svd{c}" for name, (_, U) in svds.items() for c in range(U.shape[0])]
-            return DecomposedModel.from_components(target, svds, labels=labels)
+            model = DecomposedModel.from_components(target, svds, labels=labels)
+            model.recipe = "svd"
+            return model
         case "neuron":
             return DecomposedModel.from_components(target, _columns(modules))
         case "head":

@@ -10,24 +10,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from pdprune.decomposition.building import Node, build
 from pdprune.decomposition.folding import SiteMask, fold, masked_per_token, terms_added
-from pdprune.decomposition.sites import EMBEDDING, Site, at_least_float32, kind_of, require_kind, weight_of
+from pdprune.decomposition.sites import EMBEDDING, Site, at_least_float32
 from pdprune.errors import UserError
-
-
-class Node(NamedTuple):
-    """The unit that a circuit keeps or not."""
-
-    components: tuple[tuple[str, int], ...]
-    """`(site, index)` of each component of the group."""
-    label: str
-    """For people to read: `"blocks.0.mlp.down:12"`."""
 
 
 class DecomposedModel(nn.Module):
@@ -44,6 +36,9 @@ class DecomposedModel(nn.Module):
         nodes: what can be kept or not, one entry of a mask each.
         n_nodes, n_sites: how many.
         delta_sites: `Bool[n_sites]`, where the components do not sum to the weight.
+        recipe: how the components follow from the weights, where they do ("svd"); None if they were given. Last bits
+            of a singular value decomposition differ between machines and numbers of threads, so the fingerprint is
+            then that of the recipe and the weights.
     """
 
     delta_sites: Bool[Tensor, " n_sites"]
@@ -54,6 +49,7 @@ class DecomposedModel(nn.Module):
         super().__init__()
         self.target = target
         self.target_name = type(target).__name__
+        self.recipe: str | None = None
         self.site_list = nn.ModuleList(sites)
         self.sites = {site.name: site for site in sites}
         self.site_names = list(self.sites)
@@ -96,32 +92,17 @@ class DecomposedModel(nn.Module):
 
         Args:
             target: any module; its sites are `nn.Linear`, `nn.Embedding` and Hugging Face `Conv1D` modules in it.
-            components: `(V, U)` by module path. `V=None` is the identity: one component per input column. What they leave
-                over of the weight becomes the site's delta; less than float error counts as nothing.
-            nodes: groups of `(site, component)`, each component in exactly one; by default each is a node of its own, in the
-                order of sites as given, then components.
+            components: `(V, U)` by module path. `V=None` is the identity: one component per input column. What they
+                leave over of the weight becomes the site's delta; less than float error counts as nothing.
+            nodes: groups of `(site, component)`, each component in exactly one; by default each is a node of its own,
+                in the order of sites as given, then components.
             labels: one per node, for people to read.
 
         Raises:
             UserError: a path that is no site, factors of the wrong shape, groups that do not partition the
                 components, weights that are not finite.
         """
-        if not components:
-            raise UserError("no components given: expected {module path: (V, U)} with at least one site")
-        _require_finite_parameters(target)
-        modules = _site_modules(target, list(components))
-        factors = {name: _checked_factors(name, modules[name], *components[name]) for name in components}
-        sizes = {name: U.shape[0] for name, (_, U) in factors.items()}
-        node_list = _nodes(sizes, nodes, labels)
-        node_index = {name: torch.empty(size, dtype=torch.long) for name, size in sizes.items()}
-        for index, node in enumerate(node_list):
-            for name, component in node.components:
-                node_index[name][component] = index
-        sites = []
-        for name, (V, U) in factors.items():
-            kind = require_kind(name, modules[name])
-            delta = _delta(weight_of(modules[name], kind), V, U)
-            sites.append(Site(name, kind, V, U, delta, node_index[name].to(U.device)))
+        sites, node_list = build(target, components, nodes, labels)
         return cls(target, sites, node_list)
 
     @property
@@ -138,10 +119,13 @@ class DecomposedModel(nn.Module):
     @property
     def decomposition_sha256(self) -> str:
         """A fingerprint of the sites, their components and the nodes they form. Reads every tensor."""
-        tensors = {}
-        for name, site in self.sites.items():
-            tensors[f"{name} V"] = torch.empty(0) if site.has_identity_V else site.V
-            tensors[f"{name} U"] = site.U
+        tensors: dict[str, Tensor] = {}
+        for (name, site), module in zip(self.sites.items(), self._site_modules, strict=True):
+            if self.recipe is not None:
+                tensors[f"{name} {self.recipe} of"] = module.get_parameter("weight")
+            else:
+                tensors[f"{name} V"] = torch.empty(0) if site.reads_columns else site.V
+                tensors[f"{name} U"] = site.U
             tensors[f"{name} nodes"] = site.node_index
         return _sha256(tensors)
 
@@ -161,10 +145,11 @@ class DecomposedModel(nn.Module):
 
         Args:
             inputs: a tensor, a tuple of arguments, or a dict of keyword arguments of the target.
-            mask: 1 leaves a node alone, 0 ablates it; broadcasts against `[*lead, n_nodes]`, where `lead` are the leading
-                dimensions of each site's input: `[n]`, `[T, n]`, `[B, 1, n]`, `[B, T, n]`, or `[B, n]` in networks without
-                positions. None is all ones.
-            delta_mask: the same for the deltas, `[*lead, n_sites]`. Entries of sites without a delta do nothing.
+            mask: 1 leaves a node alone, 0 ablates it; broadcasts against `[*lead, n_nodes]`, where `lead` are the
+                leading dimensions of each site's input: `[n]`, `[T, n]`, `[B, 1, n]`, `[B, T, n]`, or `[B, n]` in
+                networks without positions. None is all ones.
+            delta_mask: the same for the deltas, `[*lead, n_sites]`. Entries of sites without a delta do nothing: where
+                no site has one the output does not depend on it, and `torch.autograd.grad` wants `materialize_grads`.
             reference: by site, the input `x̄` that ablated components see instead of their own; None is zero.
                 `[I]`: one for all tokens; `[T, I]`: one per position; `[B, T, I]`: one per token. At an embedding
                 frequencies of the ids, `[vocab]` or `[T, vocab]`, or ids `[B, T]`.
@@ -181,9 +166,8 @@ class DecomposedModel(nn.Module):
                 delta_mask = None
         if reference is not None and reference.keys() != self.sites.keys():
             name = min(reference.keys() ^ self.sites.keys())
-            raise UserError(
-                f"reference {'lacks' if name in self.sites else 'names an unknown'} site {name!r}: expected one entry a site"
-            )
+            fault = "lacks" if name in self.sites else "names an unknown"
+            raise UserError(f"reference {fault} site {name!r}: expected one entry a site")
         shared = _is_shared(mask) and _is_shared(delta_mask)
         site_masks = self._site_masks(mask, delta_mask, reference, shared)
         parameters = self._frozen_parameters()
@@ -263,11 +247,12 @@ class DecomposedModel(nn.Module):
 
     def _frozen_parameters(self) -> dict[str, Tensor]:
         """Stand-ins for the parameters that would otherwise get gradients."""
-        return {
-            name: parameter.detach()
-            for name, parameters, key in self._target_parameters
-            if (parameter := parameters[key]) is not None and parameter.requires_grad
-        }
+        stand_ins = {}
+        for name, parameters, key in self._target_parameters:
+            parameter = parameters[key]
+            if parameter is not None and parameter.requires_grad:
+                stand_ins[name] = parameter.detach()
+        return stand_ins
 
     def _call(self, parameters: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not parameters:
@@ -279,22 +264,23 @@ class DecomposedModel(nn.Module):
         """The target in eval mode, with exact gradients into embedding weights; everything as it was afterwards."""
         in_training = [module for module in self._target_modules if module.training]
         # These change no output, only the gradient into the weight: padding rows would get none, for one.
+        plain = {"padding_idx": None, "scale_grad_by_freq": False, "sparse": False}
         options = [
-            (module, name, value, plain)
+            (module, name, getattr(module, name))
             for module in self._embeddings
-            for name, plain in (("padding_idx", None), ("scale_grad_by_freq", False), ("sparse", False))
-            if (value := getattr(module, name)) is not plain
+            for name in plain
+            if getattr(module, name) is not plain[name]
         ]
         for module in in_training:
             module.training = False
-        for module, name, _, plain in options:
-            setattr(module, name, plain)
+        for module, name, _ in options:
+            setattr(module, name, plain[name])
         try:
             yield
         finally:
             for module in in_training:
                 module.training = True
-            for module, name, value, _ in options:
+            for module, name, value in options:
                 setattr(module, name, value)
 
 
@@ -337,109 +323,6 @@ def _taken_away(mask: Tensor, like: Tensor, shared: bool) -> Tensor:
     """A mask minus one, where and as the components are; `[n]` if shared."""
     k = at_least_float32(mask.to(like)) - 1
     return k.reshape(-1) if shared else k
-
-
-def _require_finite_parameters(target: nn.Module) -> None:
-    for name, parameter in target.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise UserError(f"parameter {name!r} of the target is not initialised yet: run the target once first")
-        if not torch.isfinite(parameter.detach()).all():
-            raise UserError(f"parameter {name!r} of the target holds NaN or infinite values: expected finite weights")
-
-
-def _site_modules(target: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules at these paths, each of a kind that can be a site and none twice."""
-    by_path = dict(target.named_modules(remove_duplicate=False))
-    found: dict[nn.Module, str] = {}
-    for name in names:
-        if name not in by_path:
-            available = [path for path, module in by_path.items() if kind_of(module) is not None]
-            raise UserError(
-                f"the target has no module {name!r}: its sites are {', '.join(map(repr, available)) or 'none'}"
-            )
-        require_kind(name, by_path[name])
-        if by_path[name] in found:
-            raise UserError(f"sites {found[by_path[name]]!r} and {name!r} are one and the same module: name it once")
-        found[by_path[name]] = name
-    return {name: module for module, name in found.items()}
-
-
-def _checked_factors(name: str, module: nn.Module, V: Tensor | None, U: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Copies of a site's factors, beside its weight and in its precision or float32; V is None if it is the identity."""
-    W = weight_of(module, require_kind(name, module))
-    d_out, d_in = W.shape
-    n_components = d_in if V is None else V.shape[-1] if V.ndim else 0
-    for factor, letter, expected in ((V, "V", [d_in, n_components]), (U, "U", [n_components, d_out])):
-        if factor is None:
-            continue
-        if list(factor.shape) != expected or n_components == 0:
-            raise UserError(
-                f"{letter} of site {name!r} has shape {list(factor.shape)}, expected {expected}: "
-                f"V [{d_in}, C] and U [C, {d_out}] for a weight that maps {d_in} to {d_out}"
-            )
-        if not torch.isfinite(factor).all():
-            raise UserError(f"{letter} of site {name!r} holds NaN or infinite values: expected finite components")
-    if V is not None and _is_identity(V):
-        V = None
-    return (None if V is None else V.detach().to(W, copy=True)), U.detach().to(W, copy=True)
-
-
-def _is_identity(V: Tensor) -> bool:
-    return V.shape[0] == V.shape[1] and bool((V.diagonal() == 1).all()) and int(V.count_nonzero()) == V.shape[0]
-
-
-def _delta(W: Float[Tensor, "O I"], V: Float[Tensor, "I C"] | None, U: Float[Tensor, "C O"]) -> Tensor | None:
-    """`W - (V U)ᵀ`, or None if that is no more than float error.
-
-    The error of a sum grows with its terms, not with the sum: components that cancel are measured by their own size.
-    """
-    W64, U64 = W.double(), U.double()
-    if V is None:
-        total, terms = U64.t(), U64.abs().t()
-    else:
-        total, terms = (V.double() @ U64).t(), (V.double().abs() @ U64.abs()).t()
-    delta = W64 - total
-    float_error = 32 * torch.finfo(W.dtype).eps * (W64.norm() + terms.norm())
-    return None if delta.norm() <= float_error else delta.to(W.dtype)
-
-
-def _nodes(
-    sizes: Mapping[str, int], groups: Sequence[Sequence[tuple[str, int]]] | None, labels: Sequence[str] | None
-) -> list[Node]:
-    """Nodes from groups of components, which must hold each of the components exactly once."""
-    if groups is None:
-        groups = [[(name, c)] for name, size in sizes.items() for c in range(size)]
-    if labels is not None and len(labels) != len(groups):
-        raise UserError(f"{len(labels)} labels for {len(groups)} nodes: expected one each")
-    owner: dict[tuple[str, int], int] = {}
-    for index, group in enumerate(groups):
-        if not group:
-            raise UserError(f"node {index} has no components: expected at least one")
-        for name, c in group:
-            if name not in sizes:
-                raise UserError(
-                    f"node {index} names site {name!r}, which has no components: expected one of {', '.join(sizes)}"
-                )
-            if not 0 <= c < sizes[name]:
-                raise UserError(f"node {index} names component {c} of site {name!r}: expected 0 to {sizes[name] - 1}")
-            if (name, c) in owner:
-                raise UserError(
-                    f"component {c} of site {name!r} is in node {owner[name, c]} and in node {index}: expected one node"
-                )
-            owner[name, c] = index
-    if len(owner) < sum(sizes.values()):
-        name, c = next((name, c) for name, size in sizes.items() for c in range(size) if (name, c) not in owner)
-        raise UserError(f"component {c} of site {name!r} is in no node: every component belongs to exactly one")
-    if labels is None:
-        labels = [_label(group) for group in groups]
-    return [
-        Node(tuple((name, int(c)) for name, c in group), label) for group, label in zip(groups, labels, strict=True)
-    ]
-
-
-def _label(group: Sequence[tuple[str, int]]) -> str:
-    name, c = group[0]
-    return f"{name}:{c}" if len(group) == 1 else f"{name}:{c} and {len(group) - 1} more"
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:

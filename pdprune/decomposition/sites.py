@@ -119,7 +119,7 @@ class Site(nn.Module):
         self.register_buffer("node_index", node_index)
 
     @property
-    def V(self) -> Float[Tensor, "I C"]:
+    def V(self) -> Float[Tensor, "I C"]:  # noqa: N802 (the papers\' name, as U)
         """Read directions; made on the spot where they are the identity."""
         if self._V is None:
             return torch.eye(self.n_components, dtype=self.U.dtype, device=self.U.device)
@@ -135,7 +135,8 @@ class Site(nn.Module):
         return self._delta is not None
 
     @property
-    def has_identity_V(self) -> bool:
+    def reads_columns(self) -> bool:
+        """Whether `V` is the identity: each component reads one input column."""
         return self._V is None
 
     @property
@@ -180,8 +181,9 @@ class Site(nn.Module):
     ) -> Float[Tensor, "*lead O"] | None:
         """What masks that differ between tokens add to the output of a site that reads `x`; None if nothing.
 
-        `((k ⊙ (x - x̄)V) U + k_Δ (x - x̄)Δᵀ`, where `x` is `[*lead, I]` or, at an embedding, ids `[*lead]`; `reference` is
-        `x̄`, vectors that broadcast against `[*lead, I]` or ids that broadcast against `[*lead]`, and None is zero.
+        `(k ⊙ (x - x̄)V) U + k_Δ (x - x̄)Δᵀ`, where `x` is `[*lead, I]` or, at an embedding, ids `[*lead]`;
+        `reference` is `x̄`, vectors that broadcast against `[*lead, I]` or ids that broadcast against `[*lead]`,
+        and None is zero.
         """
         change = None
         if k is not None:

@@ -234,7 +234,7 @@ def test_gradients_reach_padding_rows_on_both_routes() -> None:
 
 
 def test_layers_of_pytorch_itself() -> None:
-    """TransformerEncoderLayer has a fast path that reads weights without calling modules; a shared mask still counts."""
+    """TransformerEncoderLayer has a fast path that calls no modules; a shared mask counts there as well."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True).double()
     model = decompose(layer, ["linear*", "self_attn.out_proj"], "neuron")
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)).double()
@@ -267,3 +267,11 @@ def test_inputs_and_outputs_of_any_type(lead: tuple[int, ...]) -> None:
     assert plain.keys() == {"logits", "mask"} and plain["mask"] is None
     assert torch.equal(model((ids, None, 2.0), mask)["logits"], 2 * plain["logits"])
     assert torch.equal(model({"scale": 2.0, "input_ids": ids}, mask)["logits"], 2 * plain["logits"])
+
+
+def test_the_folded_forward_is_one_graph_to_the_compiler() -> None:
+    model = decompose(small_lm(7), "*", "neuron")
+    ids = torch.arange(B * T).reshape(B, T) % VOCAB
+    mask = torch.full((model.n_nodes,), 0.5).double()
+    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, mask), model(ids, mask))

@@ -116,6 +116,13 @@ def test_fingerprints_tell_targets_and_decompositions_apart() -> None:
     together = DecomposedModel.from_components(small_lm(0), factors, [[("down", c) for c in range(3)]])
     assert apart.target_sha256 == together.target_sha256
     assert apart.decomposition_sha256 != together.decomposition_sha256
+    # Singular vectors go by recipe: the sign they come out with, or their last bits, are no other decomposition.
+    svd, turned = decompose(small_lm(0), "down", "svd"), decompose(small_lm(0), "down", "svd")
+    turned.sites["down"].U.neg_()
+    assert svd.decomposition_sha256 == turned.decomposition_sha256
+    factors = {"down": (svd.sites["down"].V, svd.sites["down"].U)}
+    given = DecomposedModel.from_components(small_lm(0), factors)
+    assert given.decomposition_sha256 != svd.decomposition_sha256
     # Written down: equal in another process and on another day.
     linear = nn.Linear(2, 1)
     linear.load_state_dict({"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.tensor([3.0])})
