@@ -127,6 +127,19 @@ class RunCheckpoint(Checkpoint):
             csv_logger.log_metrics(values, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+class LogEachValueOnce(Callback):
+    """Keeps a value logged at one step out of the rows of the steps that follow.
+
+    Lightning hands loggers the last value of a metric again at every step until the epoch ends, so that rows would
+    hold stale values, and others in a resumed run. Means over an epoch are left alone.
+    """
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        for metric in (trainer._results or {}).values():
+            if not metric.meta.on_epoch:
+                metric.reset()
+
+
 class PlainProgress(Callback):
     """A line of the progress bar's values every few seconds, where there is no terminal to draw a bar on.
 

@@ -38,7 +38,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
-from pdprune.callbacks import OpenRunFolder, PlainProgress, RunCheckpoint
+from pdprune.callbacks import LogEachValueOnce, OpenRunFolder, PlainProgress, RunCheckpoint
 from pdprune.config_errors import Given, explain
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.files import write_atomically
@@ -82,7 +82,7 @@ class PdpruneCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=OpenRunFolder,
-            trainer_defaults=TRAINER_DEFAULTS,
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [LogEachValueOnce()]},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_class=Parser,
@@ -99,14 +99,29 @@ class PdpruneCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """The commands, and which arguments of the Trainer's methods are not offered."""
         return {
-            name: skipped | {"weights_only", "return_predictions"}
+            name: skipped | {"ckpt_path", "weights_only", "return_predictions"}
             for name, skipped in LightningCLI.subcommands().items()
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_argument("--overwrite", action="store_true", help="Replace what the run folder holds.")
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="A checkpoint, or 'last' for the newest whole one in the run folder. fit goes on from it.",
+        )
         parser.set_defaults({"trainer.default_root_dir": default_run_folder(self._args)})
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        super().setup_parser(*args, **kwargs)
+        commands = self.parser._subcommands_action
+        assert commands is not None
+        for choice in commands._choices_actions:
+            choice.help = COMMANDS[choice.dest]
+        for command, parser in self._subcommand_parsers.items():
+            _tidy_help(command, parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self._configs = read_configs(args)
@@ -220,6 +235,17 @@ class PdpruneCLI(LightningCLI):
             raise UserError(
                 f"checkpoint {self._checkpoint} is of another model than the config's {type(model).__name__}: {details}"
             ) from error
+
+
+def _tidy_help(command: str, parser: LightningArgumentParser) -> None:
+    """Say how a command is used in one line, and put the Trainer's forty flags last."""
+    parser.usage = f"pdprune {command} --config FILE [--config OVERLAY] [--key value ...]"
+    titles = {"trainer": "Lightning's Trainer", "model": "What is trained", "data": "What it is trained on"}
+    groups = parser.groups or {}
+    for key, title in titles.items():
+        groups[key].title = title
+    parser._action_groups = [*(group for group in parser._action_groups if group is not groups["trainer"])]
+    parser._action_groups += [groups["trainer"]]
 
 
 def config_files(args: list[str]) -> list[str]:

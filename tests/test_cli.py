@@ -99,6 +99,8 @@ def test_fit_writes_the_run_folder() -> None:
     assert header.split(",")[:2] == ["step", "epoch"]
     assert {"loss", "rare", "select_loss"} <= set(header.split(","))
     assert [int(row.split(",")[0]) for row in rows] == list(range(STEPS))
+    rare = header.split(",").index("rare")
+    assert {int(row.split(",")[0]) for row in rows if row.split(",")[rare]} == {0, 10, 20, 30, 40}
 
 
 def test_the_written_config_runs_again_to_the_same_result(uninterrupted: dict[str, Any]) -> None:

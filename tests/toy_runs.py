@@ -133,5 +133,8 @@ class Regression(LightningModule):
         self.log("train_loss", loss)
         return loss
 
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", (self.layer(batch) - batch.sum()).square().mean())
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.01)
