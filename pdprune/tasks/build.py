@@ -16,7 +16,6 @@ import sys
 import sysconfig
 import tokenize
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +76,7 @@ def colon_prompts(tokens: Tokens) -> Iterator[Mined]:
     """Does the line end here, or does a block begin: up to the colon, or to the end of a line that is one statement.
 
     A colon follows where the line began with `if`, `for`, `def` and the like. Lines with a colon elsewhere, a comment,
-    a string, or a single word are left out.
+    a string, or fewer than three tokens are left out.
     """
     statement: Tokens = []
     for token in tokens:
@@ -196,7 +195,8 @@ def _choose(name: str, answer_of: dict[str, str], recipe: Recipe) -> list[Prompt
     Which prompts, and in which order, is settled by hash, so it means nothing. A class is an answer; or, where a
     nonsense twin is to be made of the prompts, an answer together with the twin's.
     """
-    classes: dict[tuple[str, bool], list[str]] = defaultdict(list)
+    twins = (False, True) if recipe.has_twin else (False,)
+    classes: dict[tuple[str, bool], list[str]] = {(answer, twin): [] for answer in recipe.answers for twin in twins}
     for prompt, answer in answer_of.items():
         classes[answer, recipe.has_twin and begins_with_vowel(prompt)].append(prompt)
     turns = list(zip(*(sorted(group, key=_by_hash) for group in classes.values()), strict=False))

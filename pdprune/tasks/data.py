@@ -60,7 +60,8 @@ class TaskData(LightningDataModule):
         super().__init__()
         limits: dict[Split, int | None] = {"train": n_train, "select": n_select, "held_out": n_held_out}
         sizes = {f"n_{split}": limit for split, limit in limits.items()}
-        for name, value in {"batch_size": batch_size, "audit_batch_size": audit_batch_size, **sizes}.items():
+        sizes |= {"batch_size": batch_size, "audit_batch_size": audit_batch_size, "max_length": max_length}
+        for name, value in sizes.items():
             if value is not None and value < 1:
                 raise UserError(f"task {task}: {name} is {value}, expected at least 1")
         self.file = read_task(task, seed)
