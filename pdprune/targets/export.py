@@ -1,4 +1,4 @@
-"""Ships a trained target: `python -m pdprune.targets.export RUN NAME [--out FOLDER]`.
+"""Ships a trained target: `python -m pdprune.targets.export RUN NAME [--note TEXT] [--out FOLDER]`.
 
 RUN is the run folder of `python -m pdprune.train fit --config configs/targets/<name>.yaml`. What comes out is a folder
 with the weights, the config and the model card: by default inside the package, where `load_target(NAME)` finds it.
@@ -31,15 +31,17 @@ HELD_OUT_BATCHES = 200
 """Batches of the corpus's held-out windows over which the loss on the card is taken."""
 
 
-def export(run: Path, name: str, out: Path = SHIPPED) -> Path:
+def export(run: Path, name: str, out: Path = SHIPPED, note: str = "") -> Path:
     """Write the folder `out/name` from the run folder of a finished training; returns it.
+
+    `note` is what the card shall say about the training beyond its config.
 
     Raises `UserError` if the run folder lacks the trained target or its config.
     """
     folder = out / name
     write_atomically(folder / WEIGHTS, read_bytes(run / "target" / WEIGHTS))
     write_atomically(folder / CONFIG, read_bytes(run / CONFIG))
-    card = model_card(folder)
+    card = {**model_card(folder), "note": note}
     write_atomically(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())
     write_atomically(folder / "card.md", card_text(card).encode())
     return folder
@@ -122,6 +124,7 @@ choices; for text, over the whole vocabulary.
 
 Seed {card["seed"]}, {card["steps"]:,} steps, CPU, Python {card["python"]}, torch {card["torch"]}, {card["date"]};
 `config.yaml` is that config. `python -m pdprune.targets.export RUN {card["name"]}` wrote this folder.
+{card["note"]}
 
 Corpus: the standard library of Python {corpus["python"]} without its tests, vendored packages and generated tables;
 {corpus["train_bytes"]:,} bytes for training, {corpus["val_bytes"]:,} held out, split by file; {corpus["non_ascii"]}.
@@ -139,10 +142,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pdprune.targets.export", description="Ship a trained target.")
     parser.add_argument("run", type=Path, help="run folder of the training")
     parser.add_argument("name", help="name to load it by")
+    parser.add_argument("--note", default="", help="what the card shall say about the training beyond its config")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder of targets to write to")
     arguments = parser.parse_args()
     try:
-        print(export(arguments.run, arguments.name, arguments.out))
+        print(export(arguments.run, arguments.name, arguments.out, arguments.note))
     except UserError as error:
         print(f"pdprune: error: {error}", file=sys.stderr)
         return 2

@@ -100,13 +100,19 @@ class TargetTrainer(LightningModule):
         loss = next_byte_loss(self.network, batch)
         self.log("val_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimiser's step, after which only the largest weights survive.
+
+        Not in `on_train_batch_end`: callbacks come before it there, so checkpoints would hold the others too.
+        """
+        super().optimizer_step(*args, **kwargs)
+        if self.sparsity is not None:
+            keep_largest(self.network, self.sparsity.fraction_at((self.global_step + 1) / self._total_steps()))
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After the optimiser's step: only the largest weights survive."""
-        if self.sparsity is None:
-            return
-        fraction = self.sparsity.fraction_at(self.global_step / self._total_steps())
-        keep_largest(self.network, fraction)
-        self.log("kept", fraction, prog_bar=True)
+        """Logs the fraction kept."""
+        if self.sparsity is not None:
+            self.log("kept", self.sparsity.fraction_at(self.global_step / self._total_steps()), prog_bar=True)
 
     def finish(self, datamodule: LightningDataModule, folder: Path) -> None:
         """Writes the trained network to `target/` in the run folder, ready for `load_target`.

@@ -73,6 +73,7 @@ def test_the_fraction_kept_falls_from_all_to_final() -> None:
     assert fractions[2] == 1 and fractions[12] == pytest.approx(0.1) and fractions[-1] == pytest.approx(0.1)
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(library: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     first, second = (
