@@ -115,7 +115,9 @@ def output_of(output: Any) -> Tensor:
         return logits
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return output[0]
-    raise UserError(f"target: its output is {_describe(output)}; expected a tensor, a tuple that starts with one, or .logits")
+    raise UserError(
+        f"target: its output is {_describe(output)}; expected a tensor, a tuple that starts with one, or .logits"
+    )
 
 
 def to_device(raw: Any, device: torch.device) -> Any:
@@ -135,7 +137,9 @@ def to_device(raw: Any, device: torch.device) -> Any:
 
 def first_tensor(inputs: Inputs) -> Tensor:
     """The first tensor among inputs: its leading dimension is the batch."""
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else (inputs,)
+    values = (
+        inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else (inputs,)
+    )
     for value in values:
         if isinstance(value, Tensor) and value.ndim > 0:
             return value

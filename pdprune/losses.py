@@ -110,7 +110,9 @@ def scored_positions(output: Tensor, batch: Batch) -> Scored:
     """Which rows of the output count, by the batch's `positions`, and else by its attention mask."""
     positions = batch.positions
     if output.ndim > 3 or output.ndim < 2:
-        raise UserError(f"target: its output has shape {list(output.shape)}; expected [B, V] or [B, T, V] (or loss 'mse')")
+        raise UserError(
+            f"target: its output has shape {list(output.shape)}; expected [B, V] or [B, T, V] (or loss 'mse')"
+        )
     if output.ndim == 2:
         example = torch.arange(output.shape[0], device=output.device)
         return Scored(example, None, torch.ones(len(example), device=output.device))
@@ -175,7 +177,9 @@ def _user_loss(loss: LossFunction) -> Callable[[Tensor, Tensor, Batch], Tensor]:
         value = loss(output, target_output, batch.raw)
         if not isinstance(value, Tensor) or value.shape != (batch.size,):
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise UserError(f"loss {loss_name(loss)}: returned {got}; expected one loss an example, shape [{batch.size}]")
+            raise UserError(
+                f"loss {loss_name(loss)}: returned {got}; expected one loss an example, shape [{batch.size}]"
+            )
         return value
 
     return per_example

@@ -1,8 +1,8 @@
 """Where the adversary chooses: which not-kept nodes to ablate and which to leave alone, so as to hurt most.
 
 Its choice is a *source* `s ∈ [0,1]` per node (0 ablate, 1 leave alone); the model then runs under the mask
-`m = g + (1 − g)·s`, so a kept node (`g = 1`) cannot be touched. The deltas of the sites are sources too. One source must
-serve a whole batch (scope `batch`), or the adversary would win by fitting noise (method.md, section 4).
+`m = g + (1 − g)·s`, so a kept node (`g = 1`) cannot be touched. The deltas of the sites are sources too. One source
+must serve a whole batch (scope `batch`), or the adversary would win by fitting noise (method.md, section 4).
 
 The attack, in the order of `attack`:
   1. both corners (`s = 0`, `s = 1`), a pool of sources that hurt before, and random draws: the first invariant of
@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pdprune.circuits.objective import MaskedLoss
-from pdprune.errors import UserError
+from pdprune.errors import NonFiniteLossError, UserError
 
 Scope = Literal["batch", "universal", "position", "example", "example_position"]
 EXACT_LIMIT = 16
@@ -63,8 +63,8 @@ class Ascent:
 class Game:
     """One circuit on some data, seen by the adversary: sources in, loss out.
 
-    Entries are the sources of the nodes and, behind them, of the sites' deltas: `[*lead, E]`, `E = n + n_sites`, with the
-    leading dimensions that the scope allows. Groups are what the adversary may choose for separately: the examples in
+    Entries are the sources of the nodes and, behind them, of the sites' deltas: `[*lead, E]`, `E = n + n_sites`, with
+    the leading dimensions that the scope allows. Groups are what the adversary may choose for separately: the examples in
     the scopes `example` and `example_position`, and everything together otherwise. G is their number.
 
     Args:
@@ -116,6 +116,9 @@ class Game:
         for loss, gates in zip(self.losses, self.gates, strict=True):
             mask = gates + (1 - gates) * self.source(entries)
             per_example = loss.per_example(mask, self.delta_source(entries))
+            # NaN compares false with everything: unnoticed, it would look like a source that does not hurt.
+            if not bool(torch.isfinite(per_example.detach()).all()):
+                raise NonFiniteLossError("loss: it is NaN or infinite with nodes ablated; expected finite numbers")
             groups.append(per_example if self.separable else per_example.mean(0, keepdim=True) * (loss.size / total))
         return groups[0] if len(groups) == 1 else torch.stack(groups).sum(0)
 
@@ -217,9 +220,7 @@ def exact_attack(game: Game) -> Worst:
     """
     free = game.grouped(game.free).any(0).nonzero().squeeze(-1)
     if len(free) > EXACT_LIMIT:
-        raise UserError(
-            f"search 'exact': the adversary has {len(free)} free entries; expected at most {EXACT_LIMIT}: use 'gradient'"
-        )
+        raise UserError(f"search 'exact': {len(free)} entries are free; expected at most {EXACT_LIMIT}: use 'gradient'")
     ones = game.corner(1.0)
     with torch.no_grad():
         worst = Worst(game, ones, game.loss(ones))
@@ -256,9 +257,16 @@ def _moves(worst: Worst, ascent: Ascent, rng: torch.Generator, pool: Sequence[Te
         ends.append(best)
     if not ascent.flips:
         return
-    starts = [Worst(game, worst.entries, worst.losses), *sorted(ends, key=lambda best: -best.loss)]
-    for best in starts if _is_small(game) else starts[:2]:
-        yield from _discrete_stage(best, worst, ascent.flips)
+    starts = [worst.entries, *(best.entries for best in sorted(ends, key=lambda best: -best.loss))]
+    if _is_small(game):
+        # Climbs end in few basins. In small games flips alone lead from elsewhere into others, at little cost.
+        coins = [game.draw(rng, coins=True) for _ in range(2 * ascent.restarts)]
+        starts += [game.corner(0.0), game.corner(1.0), *coins]
+    else:
+        starts = starts[:2]
+    known: dict[bytes, Tensor] = {}
+    for start in starts:
+        yield from _discrete_stage(start, worst, ascent.flips, known)
 
 
 def _start(worst: Worst, restart: int, rng: torch.Generator) -> Tensor:
@@ -332,16 +340,17 @@ class Climber:
             self.recent = self.recent[-window:]
 
 
-def _discrete_stage(best: Worst, worst: Worst, flips: int) -> Iterator[None]:
+def _discrete_stage(start: Tensor, worst: Worst, flips: int, known: dict[bytes, Tensor]) -> Iterator[None]:
     """Round a source, then flip what the gradient says would hurt more, while it does and the budget lasts.
 
     Each round ranks all flips by their first-order gain. It tries the first 2, 4, 8, ... of them together; if none
-    helps, the best ones one at a time, and in small games two at a time.
+    helps, the best ones one at a time, and in small games two at a time. What is `known` is not evaluated again.
     """
-    game = best.game
-    rounded = game.project(best.entries.round())
-    current = Worst(game, rounded, torch.full_like(best.losses, -torch.inf))
-    current.play(rounded)
+    game = worst.game
+    rounded = game.project(start.round())
+    if _key(rounded) in known:
+        return
+    current = Worst(game, rounded, _loss_once(game, rounded, known))
     worst.meet(current.entries, current.losses)
     yield
     left = flips * (4 if _is_small(game) else 1)
@@ -350,19 +359,33 @@ def _discrete_stage(best: Worst, worst: Worst, flips: int) -> Iterator[None]:
         left -= 3  # a backward pass costs about two forward ones
         base, improved = current.entries, False
         for together in _blocks(game, gradient, base):
-            improved |= bool(current.play(_flipped(game, base, together)).any())
+            candidate = _flipped(game, base, together)
+            improved |= bool(current.meet(candidate, _loss_once(game, candidate, known)).any())
             worst.meet(current.entries, current.losses)
             left -= 1
             yield
         for few in () if improved else _singles_and_pairs(game, gradient, base):
             if left <= 0:
                 break
-            improved |= bool(current.play(_flipped(game, current.entries, few)).any())
+            candidate = _flipped(game, current.entries, few)
+            improved |= bool(current.meet(candidate, _loss_once(game, candidate, known)).any())
             worst.meet(current.entries, current.losses)
             left -= 1
             yield
         if not improved:
             break
+
+
+def _loss_once(game: Game, entries: Tensor, known: dict[bytes, Tensor]) -> Float[Tensor, " G"]:
+    key = _key(entries)
+    if key not in known:
+        with torch.no_grad():
+            known[key] = game.loss(entries)
+    return known[key]
+
+
+def _key(entries: Tensor) -> bytes:
+    return bytes(entries.cpu().numpy().tobytes())
 
 
 def _is_small(game: Game) -> bool:
@@ -419,7 +442,7 @@ def _flipped(game: Game, entries: Tensor, flips: Bool[Tensor, "G X"]) -> Tensor:
 
 
 def _ablate_at_most(source: Float[Tensor, "*lead n"], budget: int) -> Float[Tensor, "*lead n"]:
-    """Project onto `{s ∈ [0,1]ⁿ : Σ(1 − s) ≤ budget}` by bisection on the shift, the usual capped-simplex projection."""
+    """Project onto `{s ∈ [0,1]ⁿ : Σ(1 − s) ≤ budget}` by bisection on the shift, as for a capped simplex."""
     low = torch.zeros(*source.shape[:-1], 1, device=source.device)
     high = (1 - source.min(dim=-1, keepdim=True).values).clamp(min=0)
     within = (1 - source.clamp(0, 1)).sum(-1, keepdim=True) <= budget

@@ -204,12 +204,14 @@ def as_gates(keep: Keep, model: DecomposedModel) -> Float[Tensor, "*lead n"]:
                 )
             if not bool(((gates == 0) | (gates == 1)).all()):
                 raise UserError("keep: it has values other than 0 and 1; expected booleans (for indices, give a set)")
-        case _:
+        case Iterable():
             gates = torch.zeros(n)
             for node in keep:
                 if isinstance(node, bool) or not isinstance(node, int) or not 0 <= node < n:
                     raise UserError(f"keep: got node {node!r}; expected indices from 0 to {n - 1}, or Bool [{n}]")
                 gates[node] = 1
+        case _:
+            raise UserError(f"keep: got {keep!r}; expected Bool [{n}], a set of node indices, or a Circuit")
     return gates.to(model.delta_sites.device)
 
 
@@ -289,7 +291,7 @@ class _Eye:
             output, target_output, batch = masked.output(mask, deltas), masked.target_output, masked.batch
             loss = self.loss(output, target_output, batch)
             if not bool(torch.isfinite(loss).all()):
-                raise NonFiniteLossError("audit: a loss is NaN or infinite with nodes ablated; expected finite numbers")
+                raise NonFiniteLossError("loss: it is NaN or infinite with nodes ablated; expected finite numbers")
             ce, right = task_loss_and_accuracy(output, batch) if self.labelled else (None, None)
             flipped = _flipped(output, target_output, batch) if self.classes else None
             divergence = kl(output, target_output, batch) if self.with_kl else None

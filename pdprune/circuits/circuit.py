@@ -201,9 +201,7 @@ class Circuit:
             tensors = safetensors.torch.load(data)
             circuit = cls._from_json(content, tensors)
         except (KeyError, TypeError, ValueError, AttributeError, safetensors.SafetensorError) as error:
-            raise UserError(
-                f"{file}: it lacks or garbles {error}; expected a circuit that pdprune saved"
-            ) from error
+            raise UserError(f"{file}: it lacks or garbles {error}; expected a circuit that pdprune saved") from error
         circuit._check_shapes(content, file)
         return circuit
 
@@ -272,9 +270,7 @@ class Circuit:
         }
         for what, fits in consistent.items():
             if not fits:
-                raise UserError(
-                    f"{file}: {what} does not fit the rest of the circuit; expected files of one save"
-                )
+                raise UserError(f"{file}: {what} does not fit the rest of the circuit; expected files of one save")
 
 
 def _kept(keep: Bool[Tensor, "*lead n"]) -> list[int]:

@@ -1,7 +1,7 @@
 """Gates: one number in [0,1] a node, 1 kept; how they come from parameters, and what keeping costs.
 
-A *gate map* turns an unconstrained parameter θ into a gate. A *sparsity term* turns gates into the expected, or a smooth,
-number of kept nodes. Any map goes with any term (method.md, section 5).
+A *gate map* turns an unconstrained parameter θ into a gate. A *sparsity term* turns gates into the expected, or a
+smooth, number of kept nodes. Any map goes with any term (method.md, section 5).
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ class GateMap(Protocol):
         """What the sparsity term counts: a gate with a gradient that never dies where θ could still come down."""
         ...
 
+    def bounds(self) -> tuple[float, float]:
+        """Between what θ is held after every step, so that no gate is ever out of reach of coming back."""
+        ...
+
 
 @dataclass(frozen=True)
 class LeakyHardSigmoid:
@@ -54,6 +58,9 @@ class LeakyHardSigmoid:
 
     def presence(self, theta: Parameters) -> Gates:
         return torch.where(theta > 1, 1 + self.leak * (theta - 1), theta.clamp(min=0))
+
+    def bounds(self) -> tuple[float, float]:
+        return -0.05, 1.05
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,9 @@ class HardConcrete:
         """The probability that the gate is not 0 (equation 12)."""
         return torch.sigmoid(theta - self.beta * math.log(-self.low / self.high))
 
+    def bounds(self) -> tuple[float, float]:
+        return -5.0, 5.0
+
 
 @dataclass(frozen=True)
 class Heaviside:
@@ -98,6 +108,9 @@ class Heaviside:
 
     def presence(self, theta: Parameters) -> Gates:
         return self.gates(theta)
+
+    def bounds(self) -> tuple[float, float]:
+        return -0.5, 0.5
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,7 @@ class Reference:
     seed: int = 0
 
     @classmethod
-    def measure(
-        cls, kind: ReferenceKind, model: DecomposedModel, batches: Sequence[Batch], seed: int = 0
-    ) -> Reference:
+    def measure(cls, kind: ReferenceKind, model: DecomposedModel, batches: Sequence[Batch], seed: int = 0) -> Reference:
         """Make a reference, measuring means on `batches` where they are asked for.
 
         Raises:
@@ -77,7 +75,7 @@ class MaskedLoss:
         reference: ReferenceInputs | None = None,
     ) -> None:
         self.model = model
-        self.batch: Batch = to_device(batch, model.device)
+        self.batch: Batch = to_device(batch, model.delta_sites.device)
         self.reference = reference
         self._loss: Callable[[Tensor, Tensor, Batch], Tensor] = loss_function(loss)
         with torch.no_grad():
@@ -113,7 +111,7 @@ def masked_losses(
 ) -> list[MaskedLoss]:
     """The losses of a split, one a batch."""
     return [
-        MaskedLoss(model, batch, loss, reference.on(model, to_device(batch, model.device), index))
+        MaskedLoss(model, batch, loss, reference.on(model, to_device(batch, model.delta_sites.device), index))
         for index, batch in enumerate(batches)
     ]
 
@@ -127,7 +125,7 @@ def by_size(losses: Sequence[MaskedLoss], values: Sequence[Any]) -> float:
 def _other_examples(batch: Batch, seed: int, index: int) -> Batch:
     """The batch in an order in which no example meets itself."""
     if batch.size < 2:
-        raise UserError("reference 'resample': a batch of one example has no other to read; give 'counterfactual' inputs")
+        raise UserError("reference 'resample': a batch of one example has no other; give 'counterfactual' inputs")
     order = torch.randperm(batch.size, generator=generator(seed, "resample", index))
     other = torch.empty_like(order)
     other[order] = order.roll(1)

@@ -1,0 +1,118 @@
+"""The adversary while gates are learned: fresh, persistent or free (method.md, section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pdprune.circuits.adversary import Ascent, Climber, Game, attack
+from pdprune.errors import UserError
+from pdprune.seeding import generator
+
+
+@dataclass(frozen=True)
+class TrainingAdversary:
+    """How the adversary climbs between two keep steps.
+
+    Attributes:
+        mode: `fresh` starts anew on every batch and climbs `steps` times, then the gates descend once; `persistent`
+            keeps its sources from batch to batch and goes on climbing; `free` climbs along the gradient of the keep
+            step itself, so that both players share one backward pass (Shafahi et al. 2019): cheap, and weaker.
+        steps: ascent steps a keep step; `free` takes one.
+        step_size: of one ascent step. Steps × step size of 2 lets a fresh source cross its range.
+        particles: sources climbing at once; the worst is met by the gates. `free` takes them in turn.
+        optimizer: `sign` steps or `adam`.
+        max_ablated: how many nodes the adversary may ablate; none is any number.
+    """
+
+    mode: Literal["fresh", "persistent", "free"] = "fresh"
+    steps: int = 4
+    step_size: float = 0.5
+    particles: int = 1
+    optimizer: Literal["sign", "adam"] = "sign"
+    max_ablated: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("fresh", "persistent", "free"):
+            raise UserError(f"adversary: mode is {self.mode!r}; expected fresh, persistent or free")
+        if self.steps < 1 or self.particles < 1:
+            raise UserError("adversary: steps and particles must be at least 1")
+        if self.max_ablated is not None and self.max_ablated < 0:
+            raise UserError(f"adversary: max_ablated is {self.max_ablated}; expected 0 or more")
+
+    @property
+    def ascent(self) -> Ascent:
+        return Ascent(self.steps, self.step_size, self.particles, self.optimizer, draws=0, flips=0)
+
+
+class Opponent(nn.Module):
+    """The adversary's side of a keep step. What it carries from step to step is in buffers, for checkpoints.
+
+    Args:
+        settings: how it climbs.
+        lead: the leading dimensions of a source: () for scope `batch`, (T,) for `position`.
+        n_entries: nodes and deltas.
+        seed: decides every start.
+    """
+
+    sources: Float[Tensor, "P *lead E"]
+    moments: Float[Tensor, "P two *lead E"]
+
+    def __init__(self, settings: TrainingAdversary, lead: tuple[int, ...], n_entries: int, seed: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.seed = seed
+        carried = settings.particles if settings.mode != "fresh" else 0
+        shape = (carried, *lead, n_entries)
+        self.register_buffer("sources", torch.rand(shape, generator=generator(seed, "sources")))
+        self.register_buffer("moments", torch.zeros(carried, 2, *lead, n_entries))
+
+    def choose(self, game: Game, step: int) -> Float[Tensor, "*lead E"]:
+        """The source that the gates will meet at this keep step, climbed for against detached gates."""
+        match self.settings.mode:
+            case "fresh":
+                return attack(game, self.settings.ascent, generator(self.seed, "ascent", step)).entries
+            case "persistent":
+                return self._climb_on(game)
+            case "free":
+                turn = self._turn(step)
+                return game.corner(0.0) if turn is None else game.project(self.sources[turn])
+
+    def learn(self, game: Game, step: int, gradient: Float[Tensor, "*lead E"]) -> None:
+        """Climb along the keep step's own gradient; only `free` does."""
+        turn = self._turn(step)
+        if self.settings.mode != "free" or turn is None:
+            return
+        climber = self._climber(game, turn, taken=step // (self.settings.particles + 1))
+        climber.climb(gradient.masked_fill(~game.free, 0))
+        self._carry(turn, climber)
+
+    def _turn(self, step: int) -> int | None:
+        """Whose turn it is under `free`: each particle's, and then, for one step, the corner `s = 0`."""
+        turn = step % (self.settings.particles + 1)
+        return turn if turn < self.settings.particles else None
+
+    def _climb_on(self, game: Game) -> Float[Tensor, "*lead E"]:
+        candidates = [game.corner(0.0), game.corner(1.0)]
+        for particle in range(self.settings.particles):
+            climber = self._climber(game, particle, taken=0)
+            for _ in range(self.settings.steps):
+                climber.step()
+            self._carry(particle, climber)
+            candidates.append(climber.entries)
+        with torch.no_grad():
+            losses = torch.stack([game.loss(entries).mean() for entries in candidates])
+        return candidates[int(losses.argmax())]
+
+    def _climber(self, game: Game, particle: int, taken: int) -> Climber:
+        moments = self.moments[particle].clone()
+        return Climber(game, game.project(self.sources[particle]), self.settings.ascent, moments, taken)
+
+    def _carry(self, particle: int, climber: Climber) -> None:
+        assert climber.moments is not None
+        self.sources[particle] = climber.entries
+        self.moments[particle] = climber.moments

@@ -1,0 +1,154 @@
+"""`pdprune.prune`: a circuit from Python, in one call."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, Trainer
+
+from pdprune.batches import Batch, as_batches
+from pdprune.circuits.adversary import Ascent, Scope
+from pdprune.circuits.circuit import Circuit
+from pdprune.circuits.objective import MaskedLoss, ReferenceKind
+from pdprune.circuits.opponent import TrainingAdversary
+from pdprune.circuits.pruning import CircuitPruner, Learning, Search
+from pdprune.circuits.schemes import Draws, SchemeName
+from pdprune.circuits.selection import Selection
+from pdprune.decomposition import DecomposedModel
+from pdprune.loaders import FixedLoader
+from pdprune.losses import LossFunction
+
+
+class _InMemory(LightningDataModule):
+    """Batches at hand, as the two splits that a pruner reads."""
+
+    def __init__(self, train: Sequence[Batch], select: Sequence[Batch]) -> None:
+        super().__init__()
+        self._train, self._select = train, select
+
+    def train_batches(self) -> list[Any]:
+        return [batch.raw for batch in self._train]
+
+    def select_batches(self) -> list[Any]:
+        return [batch.raw for batch in self._select]
+
+    def train_dataloader(self) -> Iterable[Any]:
+        return FixedLoader(self.train_batches())
+
+
+def prune(
+    model: DecomposedModel,
+    batches: Iterable[Any],
+    *,
+    loss: str | LossFunction = "kl",
+    scheme: SchemeName = "adversarial",
+    reference: ReferenceKind = "zero",
+    scope: Scope = "batch",
+    target_loss: float | None = None,
+    target_nodes: int | None = None,
+    coefficient: float | None = None,
+    steps: int = 300,
+    search: Search = "auto",
+    select: Iterable[Any] | None = None,
+    per_position: bool = False,
+    learning: Learning = Learning(),
+    adversary: TrainingAdversary = TrainingAdversary(),
+    draws: Draws = Draws(),
+    attack: Ascent = Ascent(),
+    selection: Selection = Selection(),
+    seed: int = 0,
+) -> Circuit:
+    """Find the few nodes that a behaviour needs.
+
+    Give just one of `target_loss`, `target_nodes` and `coefficient`.
+
+    Args:
+        model: the target as a sum of components.
+        batches: what a DataLoader yields, re-iterable: tensors, `(inputs, labels)`, or dicts (see `pdprune.batches`).
+        loss: `kl`, `ce`, `mse`, or `(output, target_output, batch) -> [B]`; in nats.
+        scheme: `adversarial`, `stochastic` or `complete`.
+        reference: what ablated parts are replaced by: `zero`, `mean`, `position_mean` or `resample`.
+        scope: what one source is shared by; see `pdprune.circuits.adversary`.
+        target_loss: find the smallest circuit whose loss under the scheme stays within this.
+        target_nodes: find the best circuit of this many nodes.
+        coefficient: or the circuit at this price of keeping everything, in the loss's unit.
+        steps: keep steps.
+        search: `gradient`, `exact` (all circuits; up to 16 nodes and deltas) or `auto` (exact up to 12 nodes).
+        select: batches that the circuit is chosen on; by default the last fifth of `batches`, or all of them if there
+            is one.
+        per_position: a gate for every position: `keep` is then `[T, n]`.
+        learning, adversary, draws, attack, selection: as in `CircuitPruner`.
+        seed: decides everything.
+
+    Returns:
+        the circuit. The model, its mode and the global random state are as they were.
+
+    Raises:
+        UserError: for arguments or batches that do not fit.
+        NonFiniteLossError: if a loss becomes NaN or infinite.
+    """
+    train_split, select_split = _split(as_batches(batches), None if select is None else as_batches(select))
+    pruner = CircuitPruner(
+        model,
+        loss=loss,
+        scheme=scheme,
+        reference=reference,
+        scope=scope,
+        target_loss=target_loss,
+        target_nodes=target_nodes,
+        coefficient=coefficient,
+        per_position=per_position,
+        search=search,
+        learning=learning,
+        adversary=adversary,
+        draws=draws,
+        attack=attack,
+        selection=selection,
+        seed=seed,
+    )
+    data = _InMemory(train_split, select_split)
+    pruner.prepare(data)
+    if not pruner.exhaustive([MaskedLoss(model, select_split[0], loss)]):
+        with _quietly():
+            Trainer(
+                max_steps=steps,
+                max_epochs=-1,
+                accelerator="auto" if model.delta_sites.is_cuda else "cpu",
+                devices=1,
+                logger=False,
+                log_every_n_steps=0,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+            ).fit(pruner, datamodule=data)
+    pruner.select(data)
+    return pruner.circuit()
+
+
+def _split(batches: list[Batch], select: list[Batch] | None) -> tuple[list[Batch], list[Batch]]:
+    if select is not None:
+        return batches, select
+    if len(batches) == 1:
+        return batches, batches
+    last = max(1, len(batches) // 5)
+    return batches[:-last], batches[-last:]
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Run Lightning without its advice, and put the global random state back after."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

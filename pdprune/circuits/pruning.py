@@ -1,0 +1,588 @@
+"""Learning which nodes to keep: gates descend, the adversary ascends (method.md, section 5)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import torch
+import yaml
+from jaxtyping import Float
+from lightning import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+
+from pdprune.batches import as_batch, as_batches
+from pdprune.circuits.adversary import Ascent, Game, Scope, attack
+from pdprune.circuits.audit import Audit
+from pdprune.circuits.audit import audit as audit_circuit
+from pdprune.circuits.circuit import Circuit
+from pdprune.circuits.exhaustive import can_be_exhaustive, select_exhaustively
+from pdprune.circuits.gates import GateMap, HardConcrete, Heaviside, LeakyHardSigmoid, Sparsity
+from pdprune.circuits.objective import MaskedLoss, Reference, ReferenceKind, masked_losses
+from pdprune.circuits.opponent import Opponent, TrainingAdversary
+from pdprune.circuits.predictions import prediction_records
+from pdprune.circuits.schemes import Draws, SchemeName, Scorer, scorer
+from pdprune.circuits.selection import (
+    Report,
+    Selected,
+    Selection,
+    select_for_loss,
+    select_for_size,
+    select_open_gates,
+    silent,
+)
+from pdprune.decomposition import DecomposedModel
+from pdprune.decomposition.settings import Decomposition
+from pdprune.errors import NonFiniteLossError, UserError
+from pdprune.losses import LossFunction, loss_function, loss_name
+from pdprune.progress import telling
+from pdprune.run_folder import RunFolder
+from pdprune.seeding import generator
+
+log = logging.getLogger(__name__)
+
+Search = Literal["gradient", "exact", "auto"]
+GateMapName = Literal["leaky_hard", "hard_concrete", "heaviside"]
+GATE_MAPS: dict[str, GateMap] = {
+    "leaky_hard": LeakyHardSigmoid(),
+    "hard_concrete": HardConcrete(),
+    "heaviside": Heaviside(),
+}
+
+
+class CircuitData(Protocol):
+    """What a pruner reads: three splits, as lists of batches (see `pdprune.tasks.TaskData`)."""
+
+    def train_batches(self) -> Sequence[Any]: ...
+    def select_batches(self) -> Sequence[Any]: ...
+
+
+class AuditedData(CircuitData, Protocol):
+    """What the command line's runs read besides."""
+
+    name: str
+    target: Any
+
+    def held_out_batches(self) -> Sequence[Any]: ...
+    def prompts(self, split: Any) -> Sequence[Any]: ...
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """The audit that a run ends with, and the longer one of the command `test`.
+
+    Attributes:
+        draws: random sources of the stochastic check.
+        random_circuits: circuits of the same size, drawn at random, to compare with.
+        ladder: budgets to attack with besides, in steps.
+        second: whether an attack of another kind follows.
+        test_ladder: the ladder of `test`, which always has the second attack.
+    """
+
+    draws: int = 32
+    random_circuits: int = 2
+    ladder: tuple[int, ...] = ()
+    second: bool = False
+    test_ladder: tuple[int, ...] = (20, 80, 320)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked of a circuit: just one of three.
+
+    Attributes:
+        target_loss: the smallest circuit whose loss under the scheme stays within this.
+        target_nodes: the best circuit of this many nodes (of node positions under `per_position`).
+        coefficient: the price of keeping every node, in the loss's unit: `loss + coefficient · mean(sparsity)`.
+    """
+
+    target_loss: float | None = None
+    target_nodes: int | None = None
+    coefficient: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name, value in asdict(self).items() if value is not None]
+        if len(given) != 1:
+            raise UserError(
+                f"prune: got {' and '.join(given) or 'none'} of target_loss, target_nodes, coefficient; "
+                "expected just one: how good, how small, or at what price"
+            )
+        if self.target_loss is not None and not self.target_loss > 0:
+            raise UserError(f"target_loss: got {self.target_loss}; expected more than 0")
+        if self.coefficient is not None and self.coefficient < 0:
+            raise UserError(f"coefficient: got {self.coefficient}; expected 0 or more")
+
+    def check_fits(self, n_nodes: int) -> None:
+        if self.target_nodes is not None and not 0 <= self.target_nodes <= n_nodes:
+            raise UserError(f"target_nodes: got {self.target_nodes}; expected at most the {n_nodes} nodes there are")
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How gates are learned.
+
+    Attributes:
+        gate_map: `leaky_hard`, `hard_concrete` or `heaviside`.
+        sparsity: the sparsity term.
+        lr: of Adam on the gates' parameters.
+        dual_rate: how fast the price of keeping follows the goal: its logarithm moves by at most this a step.
+        dual_gain: how much its logarithm answers at once.
+        aim: share of the target loss that learning holds the loss at; selection then has room.
+    """
+
+    gate_map: GateMapName = "leaky_hard"
+    sparsity: Sparsity = field(default_factory=Sparsity)
+    lr: float = 0.03
+    dual_rate: float = 0.03
+    dual_gain: float = 2.0
+    aim: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.gate_map not in GATE_MAPS:
+            raise UserError(f"gate_map: got {self.gate_map!r}; expected one of {', '.join(GATE_MAPS)}")
+
+
+class CircuitPruner(LightningModule):
+    """Finds the few nodes that a behaviour needs.
+
+    Target and components are frozen. In manual optimisation each batch is one *keep step*: the adversary
+    (`opponent.py`) climbs on its sources against detached gates, then the gates descend against its detached choice, so that
+    `trainer.global_step` counts keep steps. After training, `select` turns gates into a binary circuit.
+
+    Args:
+        decomposition: the target and its components; or the decomposed model itself, from Python.
+        loss: `kl`, `ce`, `mse`, or a function (see `pdprune.losses`).
+        scheme: `adversarial`, `stochastic` or `complete`.
+        reference: what ablated parts are replaced by: `zero`, `mean`, `position_mean` or `resample`.
+        scope: what one source is shared by: `batch`, `universal`, `position`, `example` or `example_position`.
+        target_loss: find the smallest circuit whose loss under the scheme stays within this.
+        target_nodes: find the best circuit of this many nodes.
+        coefficient: or the circuit at this price of keeping everything.
+        per_position: a gate for every position, for circuits of one prompt or of aligned prompts.
+        search: how the circuit is searched for: `gradient` learns gates; `exact` scores all circuits of a small graph;
+            `auto` does so up to 12 nodes.
+        learning: gate map, sparsity term, and how fast.
+        adversary: how the adversary climbs in training.
+        draws: how stochastic sources are drawn.
+        attack: the adversary's budget in selection, the same as the audit's.
+        selection: how gates become a circuit.
+        audit: the checks that a run ends with.
+        seed: decides everything.
+    """
+
+    strict_loading = False  # checkpoints hold the gates, not the model: see on_save_checkpoint
+    theta: nn.Parameter
+    opponent: Opponent
+    log_price: Tensor
+    openness: Float[Tensor, "*lead n"]
+
+    def __init__(
+        self,
+        decomposition: Decomposition | DecomposedModel,
+        loss: str | LossFunction = "kl",
+        scheme: SchemeName = "adversarial",
+        reference: ReferenceKind = "zero",
+        scope: Scope = "batch",
+        target_loss: float | None = None,
+        target_nodes: int | None = None,
+        coefficient: float | None = None,
+        per_position: bool = False,
+        search: Search = "gradient",
+        learning: Learning = Learning(),
+        adversary: TrainingAdversary = TrainingAdversary(),
+        draws: Draws = Draws(),
+        attack: Ascent = Ascent(),
+        selection: Selection = Selection(),
+        audit: AuditSettings = AuditSettings(),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        loss_function(loss)
+        self.goal = Goal(target_loss, target_nodes, coefficient)
+        self.decomposition = decomposition
+        self.loss = loss
+        self.scheme: SchemeName = scheme
+        self.reference_kind: ReferenceKind = reference
+        self.scope: Scope = scope
+        self.per_position = per_position
+        self.search = search
+        self.learning = learning
+        self.adversary = adversary
+        self.draws = draws
+        self.attack = attack
+        self.selection = selection
+        self.audit = audit
+        self.seed = seed
+        self.gate_map = GATE_MAPS[learning.gate_map]
+        self.model = decomposition if isinstance(decomposition, DecomposedModel) else decomposition.load()
+        self.selected: Selected | None = None
+        self._scored_all = False
+        self._reference: Reference | None = None
+        if scheme == "adversarial" and adversary.mode != "fresh" and scope in ("example", "example_position"):
+            raise UserError(
+                f"adversary: mode {adversary.mode!r} carries sources from batch to batch; scope {scope!r} cannot"
+            )
+
+    # -- setting up ------------------------------------------------------------------------------------------------
+
+    def prepare(self, data: CircuitData) -> None:
+        """Measure what training reads off the data: the reference, and the number of positions.
+
+        Raises:
+            UserError: if the data do not fit what was asked for.
+        """
+        batches = as_batches(data.train_batches())
+        first = MaskedLoss(self.model, batches[0], self.loss)
+        self._reference = Reference.measure(self.reference_kind, self.model, batches, self.seed)
+        shape = self._gate_shape(first)
+        self.goal.check_fits(shape.numel())
+        gates = torch.ones(shape, device=self.model.delta_sites.device)
+        lead = Game([first], [gates], self.scope).lead if self.adversary.mode != "fresh" else ()
+        self.theta = nn.Parameter(
+            self.gate_map.initial(tuple(shape), generator(self.seed, "gates")).to(self.model.delta_sites.device)
+        )
+        self.opponent = Opponent(self.adversary, lead, self.model.n_nodes + self.model.n_sites, self.seed)
+        self.register_buffer("openness", torch.ones_like(self.theta.data))
+        self.register_buffer("log_price", torch.zeros((), device=self.model.delta_sites.device))
+
+    def _gate_shape(self, loss: MaskedLoss) -> torch.Size:
+        if not self.per_position:
+            return torch.Size([self.model.n_nodes])
+        if len(loss.leading_shape) != 2:
+            raise UserError(
+                f"per_position: the sites' inputs have leading shape {list(loss.leading_shape)}; expected [B, T]"
+            )
+        return torch.Size([loss.leading_shape[1], self.model.n_nodes])
+
+    def setup(self, stage: str) -> None:
+        """Lightning's hook: the data are there now."""
+        if self._reference is None:
+            data = getattr(self.trainer, "datamodule", None)
+            assert data is not None, "a CircuitPruner reads its splits from a LightningDataModule"
+            self.prepare(data)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam on the gates' parameters; nothing else learns."""
+        return torch.optim.Adam([self.theta], lr=self.learning.lr, betas=(0.9, 0.98))
+
+    # -- one keep step ---------------------------------------------------------------------------------------------
+
+    def training_step(self, raw: Any, index: int) -> None:
+        """The adversary ascends, the gates descend, and the price of a node follows the objective."""
+        step = self.global_step
+        batch = as_batch(raw)
+        assert self._reference is not None
+        loss = MaskedLoss(self.model, batch, self.loss, self._reference.on(self.model, batch, step))
+        gates = self.gate_map.gates(self.theta, generator(self.seed, "gate-noise", step))
+        entries = self._sources(Game([loss], [gates.detach()], self.scope, self.adversary.max_ablated), step)
+
+        game = Game([loss], [gates], self.scope)
+        data_loss = game.loss(entries).mean()
+        price = self.learning.sparsity(self.gate_map.presence(self.theta), self.progress)
+        total = data_loss * self._loss_weight() + self._price(float(data_loss.detach())) * price
+        self._stop_if_not_finite(total, step)
+
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        optimizer.zero_grad()
+        self.manual_backward(total)
+        optimizer.step()
+        self._remember_gates()
+        if entries.grad is not None:
+            self.opponent.learn(game, step, entries.grad)
+        self.selected = None
+        self._log_step(loss, data_loss.detach(), step)
+
+    def _sources(self, game: Game, step: int) -> Float[Tensor, "*lead E"]:
+        """What is done to the not-kept nodes at this keep step: by the adversary's choice, by chance, or ablation."""
+        match self.scheme:
+            case "complete":
+                return torch.zeros(game.free.shape, device=game.free.device)
+            case "stochastic":
+                return self.draws.entries(game, generator(self.seed, "draw", step))
+            case "adversarial":
+                # What the adversary does to a wholly kept node makes no difference, but its gate's gradient asks what
+                # would happen without it: there it would be ablated.
+                entries = self.opponent.choose(game, step).detach().masked_fill(~game.free, 0)
+                return entries.requires_grad_(self.adversary.mode == "free")
+
+    @property
+    def progress(self) -> float:
+        """The share of training that is done."""
+        return self.global_step / max(1, int(self.trainer.max_steps))
+
+    def _loss_weight(self) -> float:
+        return 1.0 if self.goal.target_loss is None else 1 / self.goal.target_loss
+
+    def _price(self, data_loss: float) -> float:
+        """Dual ascent: nodes get dearer while the loss has room, or while too many are kept.
+
+        The logarithm of the price integrates how far the goal is missed, and answers at once in proportion to it, which
+        keeps price and gates from chasing one another in circles.
+        """
+        if self.goal.coefficient is not None:
+            return self.goal.coefficient
+        if self.goal.target_loss is not None:
+            slack = 1 - data_loss / (self.learning.aim * self.goal.target_loss)
+        else:
+            assert self.goal.target_nodes is not None
+            slack = float(self.gates().sum()) / max(1, self.goal.target_nodes) - 1
+        slack = max(-1.0, min(1.0, slack))
+        self.log_price += self.learning.dual_rate * slack
+        return math.exp(float(self.log_price) + self.learning.dual_gain * slack)
+
+    def _remember_gates(self) -> None:
+        """Hold θ in its bounds, and average the gates over the last steps: how open each has been is its rank."""
+        with torch.no_grad():
+            self.theta.clamp_(*self.gate_map.bounds())
+            self.openness.lerp_(self.gate_map.gates(self.theta), 1 - RANKING_MEMORY)
+
+    def gates(self) -> Float[Tensor, "*lead n"]:
+        """The gates as they are now, without noise."""
+        with torch.no_grad():
+            return self.gate_map.gates(self.theta)
+
+    def _stop_if_not_finite(self, total: Tensor, step: int) -> None:
+        if bool(torch.isfinite(total)):
+            return
+        raise NonFiniteLossError(f"training: the loss is {float(total)} at keep step {step}; expected a finite number")
+
+    def _log_step(self, loss: MaskedLoss, data_loss: Tensor, step: int) -> None:
+        if not self.trainer.log_every_n_steps:  # from Python: nobody reads along
+            return
+        gates = self.gates()
+        values = {"loss": data_loss, "kept": (gates > 0.5).sum().float()}
+        self.log_dict(values, prog_bar=True, batch_size=loss.size)
+        self.log_dict({"gate_sum": gates.sum(), "price": self.log_price.exp()}, batch_size=loss.size)
+        if step % DISPLAY_EVERY == 0:
+            self.log_dict(self._scheme_losses(loss, (gates > 0.5).float(), step), prog_bar=True, batch_size=loss.size)
+
+    def _scheme_losses(self, loss: MaskedLoss, keep: Float[Tensor, "*lead n"], step: int) -> dict[str, float]:
+        """What the open gates alone cost on one batch, under the two schemes that need no attack."""
+        game = Game([loss], [keep], self.scope)
+        with torch.no_grad():
+            drawn = self.draws.entries(game, generator(self.seed, "display", step))
+            complete, stochastic = game.loss(torch.zeros_like(drawn)), game.loss(drawn)
+        return {"complete": float(complete.mean()), "stochastic": float(stochastic.mean())}
+
+    # -- from gates to a circuit -----------------------------------------------------------------------------------
+
+    def select(self, data: CircuitData, report: Report = silent) -> Selected:
+        """The circuit, chosen on the select split (see `selection.py`); deterministic, whatever ran before."""
+        batches = as_batches(data.select_batches())
+        assert self._reference is not None
+        losses = masked_losses(self.model, batches, self.loss, self._reference)
+        self._scored_all = self.exhaustive(losses)
+        if self._scored_all:
+            self.selected = select_exhaustively(
+                losses,
+                scheme=self.scheme,
+                scope=self.scope,
+                draws=self.draws,
+                max_ablated=self.adversary.max_ablated,
+                **asdict(self.goal),
+            )
+        else:
+            self.selected = self._select_by_ranking(losses, report)
+        return self.selected
+
+    def exhaustive(self, losses: Sequence[MaskedLoss]) -> bool:
+        """Whether all circuits are scored, and no gates are needed."""
+        if self.search == "exact" and self.per_position:
+            raise UserError("search 'exact': circuits per position have too many gates; use 'gradient'")
+        automatic = self.search == "auto" and not self.per_position
+        return self.search == "exact" or (automatic and can_be_exhaustive(losses, self.scheme, self.scope, self.draws))
+
+    def _select_by_ranking(self, losses: Sequence[MaskedLoss], report: Report) -> Selected:
+        scores = self.scorer(losses)
+        ranking = self.openness
+        if self.goal.target_loss is not None:
+            return select_for_loss(
+                ranking,
+                scores,
+                self.goal.target_loss,
+                scheme=self.scheme,
+                selection=self.selection,
+                report=report,
+            )
+        if self.goal.target_nodes is not None:
+            return select_for_size(ranking, scores, self.goal.target_nodes)
+        return select_open_gates(self.gates(), scores)
+
+    def scorer(self, losses: Sequence[MaskedLoss]) -> Scorer:
+        """The scheme that the gates learn under, as a judge of binary circuits."""
+        return scorer(
+            self.scheme,
+            losses,
+            scope=self.scope,
+            draws=self.draws,
+            ascent=self.attack,
+            max_ablated=self.adversary.max_ablated,
+            seed=self.seed,
+        )
+
+    def circuit(self, **how: Any) -> Circuit:
+        """The selected circuit, with what it takes to make it again; `how` adds attributes of `Circuit`."""
+        assert self.selected is not None, "select first"
+        return Circuit.of(
+            self.model,
+            self.selected.keep,
+            None if self._scored_all else self.gates(),
+            loss=loss_name(self.loss),
+            scheme=self.scheme,
+            reference=self.reference_kind,
+            scope=self.scope,
+            target_loss=self.goal.target_loss,
+            target_nodes=self.goal.target_nodes,
+            reached=self.selected.reached,
+            seed=self.seed,
+            **how,
+        )
+
+    # -- what the command line asks for ----------------------------------------------------------------------------
+
+    def finish(self, datamodule: AuditedData, folder: Path) -> None:
+        """Write the circuit and its audit into the run folder; the last thing that `fit` does.
+
+        The circuit goes into the checkpoint as well, so that a run killed in its audit need not choose again, and the
+        other commands read it from there.
+        """
+        if self.selected is None:
+            with telling("selection") as tell:
+                self.select(
+                    datamodule, lambda doing, scored, kept: tell(f"{doing}, {scored} circuits scored, {kept} kept")
+                )
+            self.trainer.save_checkpoint(RunFolder(folder).last)
+        if self.trainer.is_global_zero:
+            self._write_audited(datamodule, folder, self.audit.ladder, second=self.audit.second)
+
+    def _write_audited(self, data: AuditedData, folder: Path, ladder: Sequence[int], *, second: bool) -> Audit:
+        """Audit on the held-out split and write both files, `audit.json` last: where it is, all is."""
+        circuit = self.circuit(task=data.name, config=self._resolved_config())
+        with telling("audit") as tell:
+            found = audit_circuit(
+                self.model,
+                circuit,
+                data.held_out_batches(),
+                loss=self.loss,
+                reference=cast(Reference, self._reference),
+                scope=self.scope,
+                target_loss=self.goal.target_loss,
+                steps=self.attack.steps,
+                step_size=self.attack.step_size,
+                restarts=self.attack.restarts,
+                ladder=ladder,
+                second_attack=second,
+                draws=self.audit.draws,
+                random_circuits=self.audit.random_circuits,
+                max_ablated=self.adversary.max_ablated,
+                held_out=True,
+                seed=self.seed,
+                progress=tell,
+            )
+        circuit = replace(circuit, worst_source=found.worst_source, worst_source_delta=found.worst_source_delta)
+        circuit.save(folder)
+        found.save(folder)
+        return found
+
+    def _resolved_config(self) -> dict[str, Any] | None:
+        path = Path(self.trainer.default_root_dir) / "config.yaml"
+        return yaml.safe_load(path.read_text()) if path.is_file() else None
+
+    def _keep(self) -> Float[Tensor, "*lead n"]:
+        """The circuit, or before there is one the gates that are open."""
+        return self.selected.keep.to(self.theta.device).float() if self.selected else (self.gates() > 0.5).float()
+
+    def validation_step(self, raw: Any, index: int) -> None:
+        """The circuit's loss on a batch of the select split, under each scheme."""
+        assert self._reference is not None
+        batch = as_batch(raw)
+        loss = MaskedLoss(self.model, batch, self.loss, self._reference.on(self.model, batch, index))
+        keep = self._keep()
+        worst = attack(Game([loss], [keep], self.scope), self.attack, generator(self.seed, "validate", index))
+        values = self._scheme_losses(loss, keep, index) | {"adversarial": worst.loss, "kept": float(keep.sum())}
+        self.log_dict({f"select/{name}": value for name, value in values.items()}, batch_size=loss.size)
+
+    def test_step(self, raw: Any, index: int) -> None:
+        """Nothing by itself: the audit, at the end, needs the whole split."""
+
+    def on_test_epoch_end(self) -> None:
+        """The audit with its ladder of budgets and its second attack."""
+        data = cast(Any, self.trainer).datamodule
+        if self.selected is None:
+            self.select(data)
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir)
+            found = self._write_audited(data, folder, self.audit.test_ladder, second=True)
+            self.log_dict(
+                {
+                    "test/complete": found.complete_loss,
+                    "test/stochastic": found.stochastic.mean,
+                    "test/adversarial": found.adversarial.loss,
+                    "test/kept": float(found.n_kept),
+                },
+                rank_zero_only=True,
+            )
+
+    def predict_step(self, raw: Any, index: int) -> list[dict[str, Any]]:
+        """What the target and the circuit alone answer, prompt by prompt."""
+        data = cast(Any, self.trainer).datamodule
+        if self.selected is None:
+            self.select(data)
+        assert self._reference is not None
+        batch = as_batch(raw)
+        loss = MaskedLoss(self.model, batch, self.loss, self._reference.on(self.model, batch, index))
+        prompts = data.prompts("held_out")[index * data.audit_batch_size :][: batch.size]
+        deltas = torch.zeros(self.model.n_sites, device=self.theta.device)
+        with torch.no_grad():
+            circuit_output = loss.output(self._keep(), deltas)
+        return prediction_records(prompts, batch, loss.target_output, circuit_output, data.target.tokenizer)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the model out, which the config makes again, and say which one it was."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("model.")}
+        checkpoint["pdprune"] = self._identity()
+        if self.selected is not None:
+            checkpoint["selected"] = asdict(self.selected)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse gates of another model.
+
+        Raises:
+            UserError: if target, components or the gates' shape are not those of this run.
+        """
+        found, own = checkpoint.get("pdprune"), self._identity()
+        if not isinstance(found, Mapping):
+            raise UserError("checkpoint: it holds no gates; expected the checkpoint of a CircuitPruner")
+        for name, expected in own.items():
+            if found.get(name) != expected:
+                raise UserError(
+                    f"checkpoint: its {name} is {found.get(name)}, this run's is {expected}; "
+                    "expected a checkpoint of the same target, decomposition and kind of gates"
+                )
+
+        if "selected" in checkpoint:
+            self.selected = Selected(**checkpoint["selected"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "target": self.model.target_sha256,
+            "decomposition": self.model.decomposition_sha256,
+            "gates": list(self.theta.shape),
+            "gate_map": self.learning.gate_map,
+        }
+
+
+RANKING_MEMORY = 0.97
+"""What a node is ranked by is its gate averaged over about the last `1 / (1 − this)` keep steps."""
+
+DISPLAY_EVERY = 10
+"""Keep steps between two looks at the loss under each scheme."""

@@ -1,0 +1,173 @@
+"""The three schemes by which a circuit is scored: complete, stochastic, adversarial (method.md, section 3).
+
+A *scorer* gives the loss of any circuit on fixed data under one scheme. Selection asks it about hundreds of circuits;
+it is exact about the data and deterministic, so equal circuits score equally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from pdprune.circuits.adversary import Ascent, Game, Scope, attack
+from pdprune.circuits.objective import MaskedLoss, by_size
+from pdprune.errors import UserError
+from pdprune.seeding import generator
+
+SchemeName = Literal["complete", "stochastic", "adversarial"]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How stochastic sources are drawn.
+
+    Attributes:
+        distribution: `uniform` on [0,1], or `bernoulli`.
+        p: under `bernoulli`, the chance that a not-kept node is left alone.
+        count: draws that a score is the mean of.
+    """
+
+    distribution: Literal["uniform", "bernoulli"] = "uniform"
+    p: float = 0.5
+    count: int = 16
+
+    def __post_init__(self) -> None:
+        if self.distribution not in ("uniform", "bernoulli"):
+            raise UserError(f"draws: distribution is {self.distribution!r}; expected uniform or bernoulli")
+        if not 0 <= self.p <= 1:
+            raise UserError(f"draws: p is {self.p}; expected a probability")
+        if self.count < 1:
+            raise UserError(f"draws: count is {self.count}; expected at least 1")
+
+    def entries(self, game: Game, rng: torch.Generator) -> Float[Tensor, "*lead E"]:
+        """One random source for a game: nodes, then deltas."""
+        uniform = torch.rand(game.free.shape, generator=rng)
+        drawn = uniform if self.distribution == "uniform" else (uniform < self.p).float()
+        return game.project(drawn.to(game.free.device))
+
+
+class Scorer(Protocol):
+    """The loss of circuits under one scheme, on fixed data."""
+
+    def score(self, keep: Float[Tensor, "*lead n"], stop_above: float | None = None) -> float:
+        """The mean loss over the data; above `stop_above` any lower bound will do."""
+        ...
+
+
+@dataclass
+class CompleteScorer:
+    """Everything that is not kept is ablated, deltas too."""
+
+    losses: Sequence[MaskedLoss]
+
+    def score(self, keep: Float[Tensor, "*lead n"], stop_above: float | None = None) -> float:
+        with torch.no_grad():
+            return by_size(self.losses, [_complete(loss, keep) for loss in self.losses])
+
+
+@dataclass
+class StochasticScorer:
+    """The mean over random sources, the same ones for every circuit."""
+
+    losses: Sequence[MaskedLoss]
+    scope: Scope = "batch"
+    draws: Draws = field(default_factory=Draws)
+    seed: int = 0
+
+    def score(self, keep: Float[Tensor, "*lead n"], stop_above: float | None = None) -> float:
+        return by_size(self.losses, [self._mean(loss, index, keep) for index, loss in enumerate(self.losses)])
+
+    def _mean(self, loss: MaskedLoss, index: int, keep: Tensor) -> float:
+        game = Game([loss], [keep], self.scope)
+        total = 0.0
+        with torch.no_grad():
+            for draw in range(self.draws.count):
+                entries = self.draws.entries(game, generator(self.seed, "select-draw", index, draw))
+                total += float(game.loss(entries).mean())
+        return total / self.draws.count
+
+
+@dataclass
+class AdversarialScorer:
+    """The worst case that an attack finds, remembering what hurt so far.
+
+    Each game keeps a pool of the sources that were worst for earlier circuits. A circuit that lacks a node more is
+    tried on them with that node ablated, which shows most bad circuits to be bad in a pass or two.
+    """
+
+    losses: Sequence[MaskedLoss]
+    scope: Scope = "batch"
+    ascent: Ascent = field(default_factory=Ascent)
+    max_ablated: int | None = None
+    seed: int = 0
+    pool_size: int = 6
+    _pools: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    def score(self, keep: Float[Tensor, "*lead n"], stop_above: float | None = None) -> float:
+        found: list[float] = []
+        games = self._games(keep)
+        for index, game in enumerate(games):
+            worst = attack(
+                game,
+                self.ascent,
+                generator(self.seed, "select-attack", index),
+                pool=self._remembered(index, game),
+                stop_above=stop_above if len(games) == 1 else None,
+            )
+            self._remember(index, game, worst.entries)
+            found.append(worst.loss)
+        return found[0] if len(games) == 1 else by_size(self.losses, found)
+
+    def _games(self, keep: Tensor) -> list[Game]:
+        if self.scope == "universal":
+            return [Game(self.losses, [keep] * len(self.losses), self.scope, self.max_ablated)]
+        return [Game([loss], [keep], self.scope, self.max_ablated) for loss in self.losses]
+
+    def _remembered(self, index: int, game: Game) -> list[Tensor]:
+        """The pool for a game, the latest first: nodes that were kept then and are not now are ablated."""
+        pool = self._pools.get(index, [])
+        return [torch.where(game.free & ~was_free, 0.0, entries) for entries, was_free in reversed(pool)]
+
+    def _remember(self, index: int, game: Game, entries: Tensor) -> None:
+        self._pools[index] = [*self._pools.get(index, []), (entries, game.free)][-self.pool_size :]
+
+
+def scorer(
+    scheme: SchemeName,
+    losses: Sequence[MaskedLoss],
+    *,
+    scope: Scope,
+    draws: Draws,
+    ascent: Ascent,
+    max_ablated: int | None,
+    seed: int,
+) -> Scorer:
+    """The scorer of a scheme.
+
+    Raises:
+        UserError: for an unknown scheme.
+    """
+    match scheme:
+        case "complete":
+            return CompleteScorer(losses)
+        case "stochastic":
+            return StochasticScorer(losses, scope, draws, seed)
+        case "adversarial":
+            return AdversarialScorer(losses, scope, ascent, max_ablated, seed)
+        case _:
+            raise UserError(f"scheme: got {scheme!r}; expected one of {', '.join(get_args(SchemeName))}")
+
+
+def _complete(loss: MaskedLoss, keep: Float[Tensor, "*lead n"]) -> float:
+    deltas = torch.zeros(loss.model.n_sites, device=keep.device)
+    return float(loss.per_example(keep, deltas).mean())
+
+
+def as_gates(keep: Bool[Tensor, "*lead n"]) -> Float[Tensor, "*lead n"]:
+    """A binary circuit as gates."""
+    return keep.float()

@@ -1,0 +1,232 @@
+"""From gates to a circuit: rank the nodes, bisect on how many are kept, then drop what is not needed.
+
+All on the select split, under the scheme that the gates were learned with (method.md, section 5).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from pdprune.circuits.schemes import SchemeName, Scorer
+
+log = logging.getLogger(__name__)
+
+MARGIN = 0.9
+"""Selection aims at this share of the target loss, since its data and its attack are not the audit's."""
+
+SCANNED_SIZES = 128
+"""Sizes that are tried first where the loss need not fall with size."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How gates become a circuit.
+
+    Attributes:
+        drop_scores: how many circuits may be scored in dropping nodes one by one; None is enough for all of them up to
+            400 kept nodes, and 400 above.
+    """
+
+    drop_scores: int | None = None
+
+    def budget(self, n_kept: int) -> int:
+        return self.drop_scores if self.drop_scores is not None else min(2 * n_kept, 800)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A chosen circuit.
+
+    Attributes:
+        keep: `[n]`, or `[T, n]`.
+        loss: its loss on the select split, under the scheme.
+        reached: whether that is within the target loss; None where none was asked for.
+    """
+
+    keep: Bool[Tensor, "*lead n"]
+    loss: float
+    reached: bool | None
+
+
+Report = Callable[[str, int, int], None]
+"""Told `(what is being done, circuits scored so far, nodes kept now)`."""
+
+
+def silent(doing: str, scored: int, kept: int) -> None:
+    """The report of who wants none."""
+
+
+def select_for_loss(
+    ranking: Float[Tensor, "*lead n"],
+    scorer: Scorer,
+    target_loss: float,
+    *,
+    scheme: SchemeName,
+    selection: Selection,
+    report: Report = silent,
+) -> Selected:
+    """The smallest circuit found whose loss stays within the target.
+
+    Args:
+        ranking: the higher, the sooner kept.
+        scorer: scores circuits on the select split.
+        target_loss: in the loss's unit.
+        scheme: an unreachable target ends the search under `adversarial`: adding nodes cannot help there. Under the
+            other schemes a smaller circuit may beat the model, so that they search anyway.
+        selection: how much dropping is tried.
+        report: told of progress.
+    """
+    everything = torch.ones_like(ranking)
+    floor = scorer.score(everything)
+    if floor > target_loss and scheme == "adversarial":
+        log.warning(
+            "target_loss %.4g cannot be reached: with every node kept the worst case is already %.4g; "
+            "all nodes are returned",
+            target_loss,
+            floor,
+        )
+        return Selected(everything.bool(), floor, False)
+    threshold = max(MARGIN * target_loss, min(floor, target_loss))
+    counter = _Counter(scorer, threshold, report)
+    if scheme == "adversarial":
+        keep = _bisect(ranking, counter)
+        keep = _drop(keep, ranking, counter, selection.budget(int(keep.sum())))
+    else:
+        keep = _scan(ranking, counter)
+        keep = _drop_singles_and_pairs(keep, ranking, counter, selection.budget(int(keep.sum())))
+    keep, loss = _confirm(keep, ranking, scorer, target_loss)
+    return Selected(keep.bool(), loss, loss <= target_loss)
+
+
+def select_for_size(ranking: Float[Tensor, "*lead n"], scorer: Scorer, target_nodes: int) -> Selected:
+    """The `target_nodes` highest-ranked nodes (or node positions)."""
+    keep = _top(ranking, target_nodes)
+    return Selected(keep.bool(), scorer.score(keep), None)
+
+
+def select_open_gates(gates: Float[Tensor, "*lead n"], scorer: Scorer) -> Selected:
+    """The nodes whose gates are more open than shut, for a fixed coefficient."""
+    keep = (gates > 0.5).float()
+    return Selected(keep.bool(), scorer.score(keep), None)
+
+
+@dataclass
+class _Counter:
+    """Asks whether a circuit is good enough, counting."""
+
+    scorer: Scorer
+    threshold: float
+    report: Report
+    scored: int = 0
+
+    def good(self, keep: Float[Tensor, "*lead n"], doing: str) -> bool:
+        self.scored += 1
+        self.report(doing, self.scored, int(keep.sum()))
+        return self.scorer.score(keep, stop_above=self.threshold) <= self.threshold
+
+
+def _bisect(ranking: Float[Tensor, "*lead n"], counter: _Counter) -> Float[Tensor, "*lead n"]:
+    """The fewest top-ranked nodes that are good enough; all of them if none of the sizes tried is.
+
+    The binary worst case never rises when a node is added, so that adversarially this finds the least such number.
+    """
+    low, high = -1, ranking.numel()
+    while high - low > 1:
+        middle = (low + high) // 2
+        if counter.good(_top(ranking, middle), "bisecting"):
+            high = middle
+        else:
+            low = middle
+    return _top(ranking, high)
+
+
+def _confirm(
+    keep: Float[Tensor, "*lead n"], ranking: Float[Tensor, "*lead n"], scorer: Scorer, target_loss: float
+) -> tuple[Float[Tensor, "*lead n"], float]:
+    """Score the choice once more, by a scorer that has seen many attacks since; take nodes back while it fails."""
+    taken_back = 1
+    while (loss := scorer.score(keep)) > target_loss and not bool(keep.all()):
+        missing = [i for i in ranking.flatten().argsort(descending=True, stable=True).tolist() if not keep.flatten()[i]]
+        keep = keep.clone()
+        keep.view(-1)[missing[:taken_back]] = 1
+        taken_back *= 2
+    return keep, loss
+
+
+def _scan(ranking: Float[Tensor, "*lead n"], counter: _Counter) -> Float[Tensor, "*lead n"]:
+    """The fewest top-ranked nodes that are good enough, where more nodes may be worse: sizes are tried from below."""
+    n = ranking.numel()
+    sizes = sorted({round(n * step / SCANNED_SIZES) for step in range(SCANNED_SIZES + 1)})
+    for below, size in itertools.pairwise([-1, *sizes]):
+        if counter.good(_top(ranking, size), "scanning"):
+            between = range(below + 1, size)
+            return next(
+                (top for k in between if counter.good(top := _top(ranking, k), "scanning")), _top(ranking, size)
+            )
+    return torch.ones_like(ranking)
+
+
+def _drop(
+    keep: Float[Tensor, "*lead n"], ranking: Float[Tensor, "*lead n"], counter: _Counter, budget: int
+) -> Float[Tensor, "*lead n"]:
+    """Drop kept nodes, the lowest-ranked first, while the circuit stays good enough.
+
+    Several are tried together and halved where that fails, so that one pass over all of them costs little. A node that
+    cannot go now cannot go later either (the binary worst case never falls when a node goes), so one pass will do.
+    """
+    order = [i for i in ranking.flatten().argsort(stable=True).tolist() if keep.flatten()[i] > 0]
+    waiting = _runs(order)
+    end = counter.scored + budget
+    while waiting and counter.scored < end:
+        together = waiting.pop()
+        candidate = keep.clone()
+        candidate.view(-1)[together] = 0
+        if counter.good(candidate, "dropping"):
+            keep = candidate
+        elif len(together) > 1:
+            half = len(together) // 2
+            waiting += [together[half:], together[:half]]
+    return keep
+
+
+def _drop_singles_and_pairs(
+    keep: Float[Tensor, "*lead n"], ranking: Float[Tensor, "*lead n"], counter: _Counter, budget: int
+) -> Float[Tensor, "*lead n"]:
+    """Drop single nodes and, where none can go, two that cancel: without an adversary, one drop may allow another."""
+    end = counter.scored + budget
+    dropped = True
+    while dropped and counter.scored < end:
+        before = int(keep.sum())
+        keep = _drop(keep, ranking, counter, end - counter.scored)
+        dropped = int(keep.sum()) < before
+        if dropped:
+            continue
+        order = [i for i in ranking.flatten().argsort(stable=True).tolist() if keep.flatten()[i] > 0]
+        for pair in itertools.combinations(order, 2):
+            if counter.scored >= end:
+                break
+            candidate = keep.clone()
+            candidate.view(-1)[list(pair)] = 0
+            if counter.good(candidate, "dropping pairs"):
+                keep, dropped = candidate, True
+                break
+    return keep
+
+
+def _runs(order: Sequence[int], size: int = 8) -> list[list[int]]:
+    """Runs of nodes to be tried together, as a stack: the first to try last."""
+    return [list(order[start : start + size]) for start in range(0, len(order), size)][::-1]
+
+
+def _top(ranking: Float[Tensor, "*lead n"], count: int) -> Float[Tensor, "*lead n"]:
+    order = ranking.flatten().argsort(descending=True, stable=True)
+    keep = torch.zeros(ranking.numel(), device=ranking.device)
+    keep[order[:count]] = 1
+    return keep.reshape(ranking.shape)
