@@ -66,7 +66,7 @@ class TargetTrainer(LightningModule):
 
     def __init__(
         self,
-        model: TransformerConfig = TransformerConfig(),  # noqa: B008 (frozen)
+        model: TransformerConfig = TransformerConfig(),
         sparsity: WeightSparsity | None = None,
         lr: float = 3e-3,
         weight_decay: float = 0.1,
