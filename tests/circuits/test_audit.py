@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -25,8 +26,8 @@ SEEDS = st.integers(0, 10**6)
 QUICK = {"random_circuits": 0, "draws": 4}
 
 CONTRACT = {
-    "schema", "n_nodes", "n_kept", "loss", "scheme", "reference", "scope", "n_examples", "batch_size", "held_out", "seed",
-    "model_loss", "complete_loss", "stochastic", "adversarial", "complement_loss", "random_circuits", "task",
+    "schema", "n_nodes", "n_kept", "loss", "scheme", "reference", "scope", "n_examples", "batch_size", "held_out",
+    "seed", "model_loss", "complete_loss", "stochastic", "adversarial", "complement_loss", "random_circuits", "task",
     "beats_model", "target_loss", "faithful",
 }  # fmt: skip
 ADVERSARIAL = {
@@ -75,7 +76,7 @@ def token_batch(size: int = 12, seed: int = 0) -> dict[str, object]:
 @settings(max_examples=12, deadline=None, derandomize=True)
 def test_the_worst_case_is_no_better_than_any_other_check(seed: int, kind: str, scope: str) -> None:
     network = random_network(seed, most_free=8)
-    halves = list(network.inputs.split(len(network.inputs) // 2))
+    halves = list(network.inputs.tensor_split(2))
     found = audit(network.model, network.keep.bool(), halves, reference=kind, scope=scope, seed=seed, **QUICK)
     worst = found.adversarial
     assert worst.loss >= max(found.complete_loss, found.model_loss, found.stochastic.max)
@@ -105,7 +106,7 @@ def test_the_exact_binary_worst_case_never_rises_when_a_node_is_added(seed: int)
         if node is not None:
             keep[node] = 1
         losses.append(audit(network.model, keep, [network.inputs], search="exact", **QUICK).adversarial.discrete_loss)
-    assert all(after <= before + 1e-6 for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after <= before + 1e-6 for before, after in itertools.pairwise(losses))
 
 
 def test_the_default_attack_finds_the_worst_subset_of_random_networks() -> None:
