@@ -443,9 +443,11 @@ def _flipped(game: Game, entries: Tensor, flips: Bool[Tensor, "G X"]) -> Tensor:
 
 def _ablate_at_most(source: Float[Tensor, "*lead n"], budget: int) -> Float[Tensor, "*lead n"]:
     """Project onto `{s ∈ [0,1]ⁿ : Σ(1 − s) ≤ budget}` by bisection on the shift, as for a capped simplex."""
+    within = (1 - source.clamp(0, 1)).sum(-1, keepdim=True) <= budget
+    if bool(within.all()):
+        return source.clamp(0, 1)
     low = torch.zeros(*source.shape[:-1], 1, device=source.device)
     high = (1 - source.min(dim=-1, keepdim=True).values).clamp(min=0)
-    within = (1 - source.clamp(0, 1)).sum(-1, keepdim=True) <= budget
     for _ in range(40):
         middle = (low + high) / 2
         over = (1 - (source + middle).clamp(0, 1)).sum(-1, keepdim=True) > budget

@@ -73,7 +73,7 @@ def token_batch(size: int = 12, seed: int = 0) -> dict[str, object]:
 
 
 @given(seed=SEEDS, kind=st.sampled_from(["zero", "mean", "resample"]), scope=st.sampled_from(["batch", "example"]))
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 def test_the_worst_case_is_no_better_than_any_other_check(seed: int, kind: str, scope: str) -> None:
     network = random_network(seed, most_free=8)
     halves = list(network.inputs.tensor_split(2))
@@ -109,10 +109,11 @@ def test_the_exact_binary_worst_case_never_rises_when_a_node_is_added(seed: int)
     assert all(after <= before + 1e-6 for before, after in itertools.pairwise(losses))
 
 
-def test_the_default_attack_finds_the_worst_subset_of_random_networks() -> None:
+@pytest.mark.parametrize("first", range(0, 200, 25))
+def test_the_default_attack_finds_the_worst_subset_of_random_networks(first: int) -> None:
     """200 networks with up to 12 free entries, against all subsets: 98 % of the worst in 95 % of them, 90 % in all."""
     ratios = []
-    for seed in range(200):
+    for seed in range(first, first + 25):
         network = random_network(seed)
         game = Game([MaskedLoss(network.model, as_batch(network.inputs))], [network.keep])
         found = attack(game, Ascent(), generator(seed, "attack")).loss
@@ -215,9 +216,9 @@ def test_one_universal_source_serves_all_batches() -> None:
 
 
 def test_a_budget_on_ablated_nodes_is_kept() -> None:
-    known = cancelling_pairs(6)
+    known = cancelling_pairs(3)
     losses = []
-    for budget in (0, 1, 3, 6):
+    for budget in (0, 1, 3):
         found = audit(known.model, known.small, [known.batch], max_ablated=budget, **QUICK)
         assert found.adversarial.n_ablated <= budget
         assert float((1 - found.worst_source).sum()) <= budget + 1e-3
