@@ -54,22 +54,22 @@ def quote_prompts(tokens: Tokens) -> Iterator[Mined]:
 
 
 def bracket_prompts(tokens: Tokens) -> Iterator[Mined]:
-    """Which bracket closes: up to a closing bracket whose opening one stands on the same line.
+    """Which bracket closes: up to a closing bracket, if the last one before it is the one that it closes.
 
-    Empty brackets, and lines with a bracket inside a string or with an escape, are left out.
+    Empty brackets, brackets over several lines, and lines with a bracket or an escape inside a string are left out.
     """
-    open_brackets: Tokens = []
+    last: tokenize.TokenInfo | None = None
     tricky_rows: set[int] = set()
     for token in tokens:
         row = token.end[0]
         if token.type == tokenize.STRING and (token.start[0] != row or set(token.string) & set("()[]{}\\")):
             tricky_rows.add(row)
         elif token.type == tokenize.OP and token.string in BRACKETS:
-            open_brackets.append(token)
-        elif token.type == tokenize.OP and token.string in BRACKETS.values() and open_brackets:
-            opening = open_brackets.pop()
-            if opening.start[0] == row and opening.end != token.start and row not in tricky_rows:
+            last = token
+        elif token.type == tokenize.OP and token.string in BRACKETS.values():
+            if last and last.start[0] == row and last.end != token.start and row not in tricky_rows:
                 yield "\n" + token.line[: token.start[1]], token.string
+            last = None
 
 
 def colon_prompts(tokens: Tokens) -> Iterator[Mined]:

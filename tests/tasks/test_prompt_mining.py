@@ -35,7 +35,7 @@ def test_quote_prompts(line: str, expected: list[tuple[str, str]]) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("f(a[1])", [("\nf(a[1", "]"), ("\nf(a[1]", ")")]),
+        ("f(a[1])", [("\nf(a[1", "]")]),
         ("x = {1: y}", [("\nx = {1: y", "}")]),
         ("f()", []),
         ("f('(', 1)", []),
