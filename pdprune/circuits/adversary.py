@@ -64,8 +64,8 @@ class Game:
     """One circuit on some data, seen by the adversary: sources in, loss out.
 
     Entries are the sources of the nodes and, behind them, of the sites' deltas: `[*lead, E]`, `E = n + n_sites`, with
-    the leading dimensions that the scope allows. Groups are what the adversary may choose for separately: the examples in
-    the scopes `example` and `example_position`, and everything together otherwise. G is their number.
+    the leading dimensions that the scope allows. Groups are what the adversary may choose for separately: the examples
+    in the scopes `example` and `example_position`, and everything together otherwise. G is their number.
 
     Args:
         losses: the batches that one source is for: one of them, or all of a data set under `universal`.

@@ -331,6 +331,7 @@ def test_steps_of_an_audit_are_told() -> None:
         ({"keep": 3}, "keep: got"),
         ({"batches": iter([])}, "generator"),
         ({"batches": []}, "got none"),
+        ({"batches": [token_batch() | {"labels": torch.full((12,), 60), "choices": None}]}, "0 to 10"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(options: dict[str, object], says: str) -> None:
