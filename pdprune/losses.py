@@ -152,7 +152,9 @@ def _labelled(output: Tensor, batch: Batch, what: str) -> tuple[Scored, Int[Tens
     if batch.choices is not None:
         rows = _index_among_choices(rows, batch.choices[scored.example])
     elif bool(((rows != IGNORED_LABEL) & ((rows < 0) | (rows >= output.shape[-1]))).any()):
-        raise UserError(f"batch: a label is none of the output's classes; expected 0 to {output.shape[-1] - 1}, or -100")
+        raise UserError(
+            f"batch: a label is none of the output's classes; expected 0 to {output.shape[-1] - 1}, or -100"
+        )
     kept = rows != IGNORED_LABEL
     example = scored.example[kept]
     position = None if scored.position is None else scored.position[kept]
