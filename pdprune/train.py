@@ -44,12 +44,10 @@ from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.files import write_atomically
 from pdprune.run_folder import AtomicCheckpointIO, RunFolder, read_checkpoint
 
-# ${...} is resolved inside a subcommand too, and the fields of dataclasses get a help text.
-jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True, docstring_parse_attribute_docstrings=True)
-
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
     "enable_autolog_hparams": False,  # the resolved config says more
+    "inference_mode": False,  # an adversary climbs in validate and test too
     "log_every_n_steps": 1,  # metrics.csv holds every value
     "num_sanity_val_steps": 0,
     "use_distributed_sampler": False,  # Lightning's shuffles even where shuffle=False
@@ -75,6 +73,11 @@ class PdpruneCLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         self._args = args
+        jsonargparse.set_parsing_settings(
+            omegaconf_absolute_to_relative_paths=True,  # ${...} is resolved inside a subcommand too
+            # The fields of dataclasses get a help text. Reading the sources for that takes a second.
+            docstring_parse_attribute_docstrings=any("help" in argument for argument in args),
+        )
         parser_kwargs = {"parser_mode": "omegaconf+", "exit_on_error": False}
         super().__init__(
             model_class=LightningModule,
@@ -90,18 +93,22 @@ class PdpruneCLI(LightningCLI):
                 **parser_kwargs,
                 "prog": "pdprune",
                 "description": "Find circuits that hold whatever happens to the rest of the network, and audit them.",
-                **{name: {**parser_kwargs, "description": text} for name, text in COMMANDS.items()},
+                **{name: {**parser_kwargs, "description": COMMANDS[name]} for name in self.subcommands()},
             },
             args=args,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The commands, and which arguments of the Trainer's methods are not offered."""
-        return {
-            name: skipped | {"ckpt_path", "weights_only", "return_predictions"}
-            for name, skipped in LightningCLI.subcommands().items()
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The commands, and which arguments of the Trainer's methods are not offered.
+
+        Just the one that is asked for, since each takes a while to set up; all of them if that is none of them.
+        """
+        skipped = {
+            name: arguments | {"ckpt_path", "weights_only", "return_predictions"}
+            for name, arguments in LightningCLI.subcommands().items()
         }
+        asked_for = self._args[0] if self._args else ""
+        return {asked_for: skipped[asked_for]} if asked_for in skipped else skipped
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
@@ -154,7 +161,7 @@ class PdpruneCLI(LightningCLI):
         self.folder = RunFolder(config.trainer.default_root_dir)
         self.folder.require_writable()
         self.save_config_kwargs["overwrite"] = bool(config.overwrite)
-        if self.subcommand == "fit" and not config.overwrite:
+        if self.subcommand == "fit" and not config.overwrite and not config.trainer.fast_dev_run:
             self._refuse_to_lose_results(config.ckpt_path)
         self._checkpoint = self._find_checkpoint(config.ckpt_path)
 
@@ -303,6 +310,9 @@ def _quiet_lightning() -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings(
+            "ignore", message=".*in eval mode at the start of training.*"
+        )  # as they are meant to be
         warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
         yield
 

@@ -9,8 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forking import in_a_child
 
 from pdprune.train import default_run_folder, main
 
@@ -64,23 +63,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return results(root)
 
 
-def in_a_child(call: Callable[[], int], kill_after: float | None = None) -> int:
-    """The exit status of `call` in a forked process, negative for a signal; optionally killed after some seconds."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # since Python 3.12, about forking beside threads
-        child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            status = call()
-        finally:
-            os._exit(status)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 # -- what a fit leaves behind
 
 
@@ -95,6 +77,7 @@ def test_fit_writes_the_run_folder() -> None:
         "config.yaml",
         "metrics.csv",
     ]
+
     header, *rows = Path("runs/toy/metrics.csv").read_text().splitlines()
     assert header.split(",")[:2] == ["step", "epoch"]
     assert {"loss", "rare", "select_loss"} <= set(header.split(","))

@@ -1,0 +1,180 @@
+"""A real circuit through the command line, on a network small enough to audit in a second."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from forking import in_a_child
+from safetensors.torch import load_file
+
+from pdprune.targets.store import save_target
+from pdprune.targets.transformer import Transformer, TransformerConfig
+from pdprune.train import main
+
+STEPS = 20
+PROMPTS = [
+    {"prompt": f"{'abcd'[n % 4]}{n % 7} = {quote}x{n}", "answer": quote, "wrong": other}
+    for n in range(40)
+    for quote, other in (("'", '"'), ('"', "'"))
+]
+CONFIG: dict[str, Any] = {
+    "trainer": {"accelerator": "cpu", "max_steps": STEPS, "check_val_every_n_epoch": 1000},
+    "checkpoint": {"every_n_steps": 4},
+    "model": {
+        "class_path": "pdprune.circuits.pruning.CircuitPruner",
+        "init_args": {
+            "decomposition": {"target": "tiny", "sites": ["*.mlp.down", "*.attn.out"], "basis": "neuron"},
+            "target_loss": 0.05,
+            "seed": "${seed_everything}",
+        },
+    },
+    "data": {
+        "class_path": "pdprune.tasks.TaskData",
+        "init_args": {"task": "quotes.jsonl", "target": "tiny", "batch_size": 16, "seed": "${seed_everything}"},
+    },
+}
+
+
+def network() -> Transformer:
+    """Random weights, large enough for parts of it to matter."""
+    torch.manual_seed(0)
+    made = Transformer(TransformerConfig(max_length=16, n_layers=1, n_heads=2, d_model=8, d_mlp=16))
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.mul_(8)
+    return made
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a target, a task and a config."""
+    folder = tmp_path_factory.mktemp("material")
+    save_target(network(), folder / "tiny")
+    (folder / "quotes.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
+    (folder / "circuit.yaml").write_text(yaml.safe_dump(CONFIG))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _in_a_copy(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(material, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(material: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    shutil.copytree(material, folder, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert fit() == 0
+        return results()
+
+
+def fit(*args: str) -> int:
+    return main(["fit", "--config", "circuit.yaml", *args])
+
+
+def results() -> dict[str, Any]:
+    folder = Path("runs/circuit")
+    tensors = load_file(folder / "circuit.safetensors")
+    names = ("circuit.json", "audit.json", "metrics.csv", "config.yaml")
+    return {name: (folder / name).read_text() for name in names} | {
+        name: tensor.tolist() for name, tensor in tensors.items()
+    }
+
+
+def test_fit_ends_with_a_circuit_and_its_audit(uninterrupted: dict[str, Any]) -> None:
+    circuit, audit = json.loads(uninterrupted["circuit.json"]), json.loads(uninterrupted["audit.json"])
+    assert circuit["n_kept"] == len(circuit["kept"]) == sum(uninterrupted["keep"]) == audit["n_kept"]
+    assert 0 < circuit["n_kept"] < circuit["n_nodes"]
+    assert circuit["task"] == "quotes"
+    assert circuit["config"]["model"]["init_args"]["target_loss"] == 0.05
+    assert audit["held_out"] is True
+    assert audit["adversarial"]["loss"] >= max(audit["complete_loss"], audit["stochastic"]["max"], audit["model_loss"])
+
+
+def test_killed_at_random_moments_and_resumed(uninterrupted: dict[str, Any]) -> None:
+    moments = random.Random(1)
+    kills = [in_a_child(lambda: fit("--ckpt_path", "last"), kill_after=moments.uniform(0.5, 2.5)) for _ in range(5)]
+    assert -signal.SIGKILL in kills
+    if 0 not in kills:
+        assert fit("--ckpt_path", "last") == 0
+    assert results() == uninterrupted
+
+
+def test_killed_just_before_each_file_of_the_end(uninterrupted: dict[str, Any]) -> None:
+    for name in ("circuit.safetensors", "circuit.json", "audit.json"):
+        assert in_a_child(lambda name=name: _fit_dying_before(name)) == -signal.SIGKILL
+        assert not Path("runs/circuit", name).exists()
+        assert fit("--ckpt_path", "last") == 0
+        assert results() == uninterrupted, f"killed before {name}"
+        shutil.rmtree("runs")
+
+
+def _fit_dying_before(name: str) -> int:
+    import os
+
+    replace: Callable[..., None] = os.replace
+
+    def dying(source: Any, destination: Any) -> None:
+        if Path(destination).name == name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, destination)
+
+    os.replace = dying  # type: ignore[assignment]
+    return fit()
+
+
+def test_validate_test_and_predict_a_finished_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit() == 0
+    before = json.loads(Path("runs/circuit/audit.json").read_text())
+    assert main(["validate", "--config", "circuit.yaml"]) == 0
+    assert "select/adversarial" in capsys.readouterr().out
+    assert main(["test", "--config", "circuit.yaml", "--ckpt_path", "runs/circuit/checkpoints/last.ckpt"]) == 0
+    audit = json.loads(Path("runs/circuit/audit.json").read_text())
+    assert [rung["steps"] for rung in audit["adversarial"]["ladder"]] == [20, 80, 320]
+    assert audit["adversarial"]["loss"] >= before["adversarial"]["loss"]
+    assert main(["predict", "--config", "circuit.yaml"]) == 0
+    predictions = Path("runs/circuit/predictions.jsonl").read_text().splitlines()
+    assert len(predictions) == audit["n_examples"]
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ("--model.decomposition.sites ['*.nowhere']", "*.nowhere"),
+        ("--model.target_loss null --model.target_nodes 1000", "1000"),
+        ("--model.decomposition.target nowhere --data.target nowhere", "nowhere"),
+        ("--data.max_length 3", "expected at most 3"),
+        ("--data.task empty.jsonl", "empty.jsonl"),
+        ("--data.task foreign.jsonl", "foreign.jsonl:1"),
+        ("--data.task nowhere.jsonl", "nowhere.jsonl"),
+        ("--model.scheme adversary", "model.scheme: expected one of"),
+        ("--model.decomposition.target broken --data.target broken", "broken"),
+        ("--ckpt_path other.ckpt", "checkpoint"),
+    ],
+)
+def test_bad_input(args: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty.jsonl").write_text("")
+    Path("foreign.jsonl").write_text("".join(json.dumps({**prompt, "answer": "é"}) + "\n" for prompt in PROMPTS))
+    broken = network()
+    with torch.no_grad():
+        broken.blocks[0].mlp.up.weight[0, 0] = float("nan")
+    save_target(broken, Path("broken"))
+    torch.save({"state_dict": {}, "loops": {}, "global_step": 1, "pytorch-lightning_version": "2.6.6"}, "other.ckpt")
+    before = sorted(Path().rglob("*"))
+    assert fit(*args.split()) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert expected in printed.err
+    assert sorted(Path().rglob("*")) == before

@@ -1,0 +1,24 @@
+"""Every shipped config parses and runs a step, through the real command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pdprune.train import main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+OVERLAYS = {"quickstart-complete.yaml": "quickstart.yaml"}
+"""Configs that are layered on top of another one."""
+
+
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")))
+def test_config_runs_a_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    layers = [OVERLAYS[name], name] if name in OVERLAYS else [name]
+    arguments = [argument for layer in layers for argument in ("--config", str(CONFIGS / layer))]
+    # The rest of a fit, selection and audit, has tests of its own, on smaller networks.
+    monkeypatch.setattr("pdprune.circuits.pruning.CircuitPruner.finish", lambda *_, **__: None)
+    assert main(["fit", *arguments, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]) == 0
+    assert [path.name for path in tmp_path.glob("runs/*/checkpoints/finished")] == ["finished"]
