@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pdprune.errors import NonFiniteLossError
 from pdprune.files import write_atomically
@@ -106,7 +109,7 @@ class RunCheckpoint(Checkpoint):
             trainer.save_checkpoint(RunFolder(trainer.default_root_dir).non_finite)
 
     def _save(self, trainer: Trainer) -> None:
-        if trainer.fast_dev_run:
+        if cast(Any, trainer).fast_dev_run:
             return
         folder = RunFolder(trainer.default_root_dir)
         if trainer.is_global_zero:
@@ -118,13 +121,14 @@ class RunCheckpoint(Checkpoint):
     def _log_step_before_saving(trainer: Trainer) -> None:
         """Write this step's row of metrics.csv now: Lightning does so after the batch, when a kill may have come."""
         csv_logger = _csv_logger_of(trainer)
-        if csv_logger is None or (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % trainer.log_every_n_steps:
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if csv_logger is None or (step + 1) % cast(Any, trainer).log_every_n_steps:
             return
         metrics = trainer._logger_connector.metrics["log"]
         if metrics:
             values = {name: float(value) for name, value in metrics.items()}
             values["epoch"] = trainer.current_epoch
-            csv_logger.log_metrics(values, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            csv_logger.log_metrics(values, step)
 
 
 class LogEachValueOnce(Callback):
@@ -140,37 +144,63 @@ class LogEachValueOnce(Callback):
                 metric.reset()
 
 
-class PlainProgress(Callback):
-    """A line of the progress bar's values every few seconds, where there is no terminal to draw a bar on.
+class StepProgress(ProgressBar):
+    """Steps done and the values logged with `prog_bar=True`: a bar on a terminal, a line every few seconds elsewhere.
 
     Args:
         seconds: the least time between two lines.
     """
 
     def __init__(self, seconds: float = 10.0) -> None:
+        super().__init__()
         self.seconds = seconds
         self._told_at = time.monotonic()
+        self._bar: Progress | None = None
+        self._is_enabled = True
+
+    def disable(self) -> None:
+        """Lightning's way of keeping all ranks but the first quiet."""
+        self._is_enabled = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_enabled or not sys.stdout.isatty() or os.environ.get("CI"):
+            return
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn())
+        self._bar = Progress(*columns, TextColumn("{task.fields[values]}"))
+        self._task = self._bar.add_task("", total=trainer.estimated_stepping_batches, values="")
+        self._bar.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.is_global_zero and time.monotonic() - self._told_at >= self.seconds:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=trainer.global_step, values=_shown_values(trainer))
+        elif self._is_enabled and time.monotonic() - self._told_at >= self.seconds:
             self._told_at = time.monotonic()
             self._tell(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
+        self._stop()
+        if self._is_enabled:
             self._tell(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
     @staticmethod
     def _tell(trainer: Trainer) -> None:
         limit = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-        values = (f"{name} {_short(value)}" for name, value in trainer.progress_bar_metrics.items())
-        print(f"step {trainer.global_step}{limit}  " + "  ".join(values), flush=True)
+        print(f"step {trainer.global_step}{limit}  {_shown_values(trainer)}", flush=True)
 
 
-def _short(value: float | int | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _shown_values(trainer: Trainer) -> str:
+    values = trainer.progress_bar_metrics.items()
+    return "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values)
 
 
 def _csv_logger_of(trainer: Trainer) -> MetricsCsv | None:

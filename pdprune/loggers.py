@@ -58,7 +58,7 @@ class MetricsCsv(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         step = self.last_step + 1 if step is None else step
         is_new_row = step != self.last_step
-        row = {"step": step} if is_new_row else dict(self._rows[-1])
+        row: dict[str, Any] = {"step": step} if is_new_row else dict(self._rows[-1])
         row.update({name: format(value, ".9g") for name, value in metrics.items()})
         if not is_new_row and row == self._rows[-1]:
             return
@@ -90,6 +90,7 @@ class MetricsCsv(Logger):
     def _line(self, row: Mapping[str, Any]) -> str:
         return ",".join(str(row.get(name, "")) for name in self._columns) + "\n"
 
+    @rank_zero_only
     def _rewrite(self) -> None:
         lines = [",".join(self._columns) + "\n", *map(self._line, self._rows)]
         write_atomically(self.path, "".join(lines).encode())

@@ -22,7 +22,6 @@ import argparse
 import itertools
 import json
 import logging
-import os
 import signal
 import sys
 import warnings
@@ -34,11 +33,12 @@ from typing import Any
 import jsonargparse
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
-from pdprune.callbacks import LogEachValueOnce, OpenRunFolder, PlainProgress, RunCheckpoint
+from pdprune.callbacks import LogEachValueOnce, OpenRunFolder, RunCheckpoint, StepProgress
 from pdprune.config_errors import Given, explain
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.files import write_atomically
@@ -194,12 +194,12 @@ class PdpruneCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         given = self._get(self.config_init, "trainer")
-        is_interactive = sys.stdout.isatty() and not os.environ.get("CI")
         if given["logger"] in (None, True):
             kwargs["logger"] = False  # OpenRunFolder attaches ours, once there is something to log
-        if given["enable_progress_bar"] is None and not is_interactive:
-            kwargs["enable_progress_bar"] = False
-            kwargs["callbacks"] = [*_as_list(given["callbacks"]), PlainProgress()]
+        callbacks = _as_list(given["callbacks"])
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if given["enable_progress_bar"] is not False and not has_bar:
+            kwargs["callbacks"] = [*callbacks, StepProgress()]
         kwargs["plugins"] = [*_as_list(given["plugins"]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
@@ -224,6 +224,8 @@ class PdpruneCLI(LightningCLI):
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
         """Write the dicts that `predict_step` returns, a list of them for each batch, as JSON lines."""
         batches = self._run("predict", model, kwargs)
+        if not self.trainer.is_global_zero:
+            return
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for batch in batches or [] for record in batch]
         path = self.folder.path / "predictions.jsonl"
         write_atomically(path, "".join(lines).encode())
