@@ -43,6 +43,10 @@ class TrainingAdversary:
             raise UserError("adversary: steps and particles must be at least 1")
         if self.max_ablated is not None and self.max_ablated < 0:
             raise UserError(f"adversary: max_ablated is {self.max_ablated}; expected 0 or more")
+        if self.optimizer not in ("sign", "adam"):
+            raise UserError(f"adversary: optimizer is {self.optimizer!r}; expected sign or adam")
+        if not self.step_size > 0:
+            raise UserError(f"adversary: step_size is {self.step_size}; expected more than 0")
 
     @property
     def ascent(self) -> Ascent:
@@ -77,7 +81,7 @@ class Opponent(nn.Module):
             case "fresh":
                 return attack(game, self.settings.ascent, generator(self.seed, "ascent", step)).entries
             case "persistent":
-                return self._climb_on(game)
+                return self._climb_on(game, step)
             case "free":
                 turn = self._turn(step)
                 return game.corner(0.0) if turn is None else game.project(self.sources[turn])
@@ -89,20 +93,20 @@ class Opponent(nn.Module):
             return
         climber = self._climber(game, turn, taken=step // (self.settings.particles + 1))
         climber.climb(gradient.masked_fill(~game.free, 0))
-        self._carry(turn, climber)
+        self._carry(game, turn, climber)
 
     def _turn(self, step: int) -> int | None:
         """Whose turn it is under `free`: each particle's, and then, for one step, the corner `s = 0`."""
         turn = step % (self.settings.particles + 1)
         return turn if turn < self.settings.particles else None
 
-    def _climb_on(self, game: Game) -> Float[Tensor, "*lead E"]:
+    def _climb_on(self, game: Game, step: int) -> Float[Tensor, "*lead E"]:
         candidates = [game.corner(0.0), game.corner(1.0)]
         for particle in range(self.settings.particles):
-            climber = self._climber(game, particle, taken=0)
+            climber = self._climber(game, particle, taken=step * self.settings.steps)
             for _ in range(self.settings.steps):
                 climber.step()
-            self._carry(particle, climber)
+            self._carry(game, particle, climber)
             candidates.append(climber.entries)
         with torch.no_grad():
             losses = torch.stack([game.loss(entries).mean() for entries in candidates])
@@ -112,7 +116,9 @@ class Opponent(nn.Module):
         moments = self.moments[particle].clone()
         return Climber(game, game.project(self.sources[particle]), self.settings.ascent, moments, taken)
 
-    def _carry(self, particle: int, climber: Climber) -> None:
+    def _carry(self, game: Game, particle: int, climber: Climber) -> None:
+        """Remember where a particle is. Of a node that is wholly kept now, what it did when it last was not: there
+        the climber plays 1, which under KL is no place to start from."""
         assert climber.moments is not None
-        self.sources[particle] = climber.entries
+        self.sources[particle] = torch.where(game.free, climber.entries, self.sources[particle])
         self.moments[particle] = climber.moments
