@@ -33,7 +33,7 @@ quickstart: $(STAMP)
 	@$(RUN) -m pdprune.compare runs/quickstart-complete runs/quickstart
 
 test: $(STAMP)
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check .

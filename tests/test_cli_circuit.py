@@ -113,7 +113,7 @@ def test_killed_at_random_moments_and_resumed(uninterrupted: dict[str, Any]) -> 
 
 
 def test_killed_just_before_each_file_of_the_end(uninterrupted: dict[str, Any]) -> None:
-    for name in ("circuit.safetensors", "circuit.json", "audit.json"):
+    for name in ("circuit.json", "audit.json"):
         assert in_a_child(lambda name=name: _fit_dying_before(name)) == -signal.SIGKILL
         assert not Path("runs/circuit", name).exists()
         assert fit("--ckpt_path", "last") == 0
