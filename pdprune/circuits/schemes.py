@@ -6,7 +6,7 @@ it is exact about the data and deterministic, so equal circuits score equally.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pdprune.circuits.adversary import Ascent, Game, Scope, attack
 from pdprune.circuits.objective import MaskedLoss, by_size
-from pdprune.errors import UserError
+from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.seeding import generator
 
 SchemeName = Literal["complete", "stochastic", "adversarial"]
@@ -59,6 +59,14 @@ class Scorer(Protocol):
         ...
 
 
+class SmoothScorer(Scorer, Protocol):
+    """A scorer whose loss is smooth in the gates, as no adversary answers them."""
+
+    def promise(self, keep: Float[Tensor, "*lead n"]) -> Float[Tensor, "*lead n"]:
+        """How much, to first order, the loss would fall with each node's gate."""
+        ...
+
+
 @dataclass
 class CompleteScorer:
     """Everything that is not kept is ablated, deltas too."""
@@ -67,7 +75,10 @@ class CompleteScorer:
 
     def score(self, keep: Float[Tensor, "*lead n"], stop_above: float | None = None) -> float:
         with torch.no_grad():
-            return by_size(self.losses, [_complete(loss, keep) for loss in self.losses])
+            return by_size(self.losses, [float(_complete(loss, keep)) for loss in self.losses])
+
+    def promise(self, keep: Float[Tensor, "*lead n"]) -> Float[Tensor, "*lead n"]:
+        return _promise(keep, self.losses, _complete)
 
 
 @dataclass
@@ -80,16 +91,20 @@ class StochasticScorer:
     seed: int = 0
 
     def score(self, keep: Float[Tensor, "*lead n"], stop_above: float | None = None) -> float:
-        return by_size(self.losses, [self._mean(loss, index, keep) for index, loss in enumerate(self.losses)])
-
-    def _mean(self, loss: MaskedLoss, index: int, keep: Tensor) -> float:
-        game = Game([loss], [keep], self.scope)
-        total = 0.0
         with torch.no_grad():
-            for draw in range(self.draws.count):
-                entries = self.draws.entries(game, generator(self.seed, "select-draw", index, draw))
-                total += float(game.loss(entries).mean())
-        return total / self.draws.count
+            return by_size(self.losses, [float(self._mean(loss, keep)) for loss in self.losses])
+
+    def promise(self, keep: Float[Tensor, "*lead n"]) -> Float[Tensor, "*lead n"]:
+        return _promise(keep, self.losses, self._mean)
+
+    def _mean(self, loss: MaskedLoss, keep: Tensor) -> Float[Tensor, ""]:
+        game = Game([loss], [keep], self.scope)
+        index = self.losses.index(loss)
+        draws = [
+            self.draws.entries(game, generator(self.seed, "select-draw", index, draw))
+            for draw in range(self.draws.count)
+        ]
+        return torch.stack([game.loss(entries).mean() for entries in draws]).mean()
 
 
 @dataclass
@@ -163,9 +178,25 @@ def scorer(
             raise UserError(f"scheme: got {scheme!r}; expected one of {', '.join(get_args(SchemeName))}")
 
 
-def _complete(loss: MaskedLoss, keep: Float[Tensor, "*lead n"]) -> float:
+def _complete(loss: MaskedLoss, keep: Float[Tensor, "*lead n"]) -> Float[Tensor, ""]:
     deltas = torch.zeros(loss.model.n_sites, device=keep.device)
-    return float(loss.per_example(keep, deltas).mean())
+    value = loss.per_example(keep, deltas).mean()
+    if not bool(torch.isfinite(value.detach())):
+        raise NonFiniteLossError("loss: it is NaN or infinite with nodes ablated; expected finite numbers")
+    return value
+
+
+def _promise(
+    keep: Float[Tensor, "*lead n"], losses: Sequence[MaskedLoss], mean_loss: Callable[[MaskedLoss, Tensor], Tensor]
+) -> Float[Tensor, "*lead n"]:
+    total = sum(loss.size for loss in losses)
+    promise = torch.zeros_like(keep)
+    for loss in losses:
+        leaf = keep.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(mean_loss(loss, leaf), leaf)
+        promise -= gradient * (loss.size / total)
+    return promise
 
 
 def as_gates(keep: Bool[Tensor, "*lead n"]) -> Float[Tensor, "*lead n"]:

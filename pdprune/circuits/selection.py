@@ -1,5 +1,8 @@
 """From gates to a circuit: rank the nodes, bisect on how many are kept, then drop what is not needed.
 
+Without an adversary the loss need not fall with the number of nodes: then sizes are tried from below rather than
+bisected, what cancels is dropped in pairs, and a small circuit is also grown from nothing.
+
 All on the select split, under the scheme that the gates were learned with (method.md, section 5).
 """
 
@@ -9,12 +12,13 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pdprune.circuits.schemes import SchemeName, Scorer
+from pdprune.circuits.schemes import SchemeName, Scorer, SmoothScorer
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +27,11 @@ MARGIN = 0.9
 
 SCANNED_SIZES = 128
 """Sizes that are tried first where the loss need not fall with size."""
+
+GROWN_AT_MOST = 16
+"""Nodes of a circuit that is grown from nothing."""
+GROWN_FROM = 3
+"""Nodes that are tried each time such a circuit grows."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +95,7 @@ def select_for_loss(
     everything = torch.ones_like(ranking)
     floor = scorer.score(everything)
     if floor > target_loss and scheme == "adversarial":
-        log.warning(
-            "target_loss %.4g cannot be reached: with every node kept the worst case is already %.4g; "
-            "all nodes are returned",
-            target_loss,
-            floor,
-        )
+        say_unreachable(target_loss, floor)
         return Selected(everything.bool(), floor, False)
     threshold = max(MARGIN * target_loss, min(floor, target_loss))
     counter = _Counter(scorer, threshold, report)
@@ -101,8 +105,21 @@ def select_for_loss(
     else:
         keep = _scan(ranking, counter)
         keep = _drop_singles_and_pairs(keep, ranking, counter, selection.budget(int(keep.sum())))
+        grown = _grow(keep, cast(SmoothScorer, scorer), counter)
+        if grown is not None:
+            keep = _drop_singles_and_pairs(grown, ranking, counter, selection.budget(int(grown.sum())))
     keep, loss = _confirm(keep, ranking, scorer, target_loss)
     return Selected(keep.bool(), loss, loss <= target_loss)
+
+
+def say_unreachable(target_loss: float, floor: float) -> None:
+    """One line for a target below the worst case of keeping everything."""
+    log.warning(
+        "target_loss %.4g cannot be reached: with every node kept the worst case is already %.4g; "
+        "all nodes are returned",
+        target_loss,
+        floor,
+    )
 
 
 def select_for_size(ranking: Float[Tensor, "*lead n"], scorer: Scorer, target_nodes: int) -> Selected:
@@ -218,6 +235,27 @@ def _drop_singles_and_pairs(
                 keep, dropped = candidate, True
                 break
     return keep
+
+
+def _grow(found: Float[Tensor, "*lead n"], scorer: SmoothScorer, counter: _Counter) -> Float[Tensor, "*lead n"] | None:
+    """A circuit smaller than `found`, if keeping one node after another leads to one, from nothing.
+
+    Each time the few nodes that promise most are tried and the best of them stays.
+    Gates have to come down together where many nodes cancel, since any imbalance hurts, and may get stuck on the way.
+    From below, what cancels never comes in.
+    """
+    keep = torch.zeros_like(found)
+    for _ in range(min(int(found.sum()), GROWN_AT_MOST)):
+        if counter.good(keep, "growing"):
+            return keep
+        promise = scorer.promise(keep).masked_fill(keep > 0, -torch.inf).flatten()
+        candidates = []
+        for node in promise.topk(min(GROWN_FROM, int((keep == 0).sum()))).indices:
+            candidates.append(keep.clone())
+            candidates[-1].view(-1)[node] = 1
+        keep = min(candidates, key=scorer.score)
+        counter.scored += len(candidates)
+    return None
 
 
 def _runs(order: Sequence[int], size: int = 8) -> list[list[int]]:
