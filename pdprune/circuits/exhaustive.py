@@ -16,8 +16,8 @@ from torch import Tensor
 from pdprune.circuits.adversary import EXACT_LIMIT, Scope
 from pdprune.circuits.objective import MaskedLoss
 from pdprune.circuits.schemes import Draws, SchemeName
-from pdprune.circuits.selection import MARGIN, Selected
-from pdprune.errors import UserError
+from pdprune.circuits.selection import MARGIN, Selected, say_unreachable
+from pdprune.errors import NonFiniteLossError, UserError
 
 AUTO_LIMIT = 12
 """`search="auto"` is exact up to this many nodes."""
@@ -73,6 +73,7 @@ def select_exhaustively(
 def _within(loss: Tensor, size: Tensor, target_loss: float, scheme: SchemeName) -> Selected:
     everything = len(loss) - 1
     if scheme == "adversarial" and float(loss[everything]) > target_loss:
+        say_unreachable(target_loss, float(loss[everything]))
         return _selected(loss, everything, False)
     threshold = max(MARGIN * target_loss, min(float(loss[everything]), target_loss))
     good = loss <= threshold
@@ -122,6 +123,8 @@ def _mask_losses(loss: MaskedLoss, scheme: SchemeName, draws: Draws, *, per_exam
             delta_mask[sites] = torch.tensor(deltas, device=model.delta_sites.device)
             values = torch.stack([loss.per_example(_mask(number, model.n_nodes, model.delta_sites.device), delta_mask)
                                   for number in range(2**model.n_nodes)]).double().cpu()  # fmt: skip
+            if not bool(torch.isfinite(values).all()):
+                raise NonFiniteLossError("loss: it is NaN or infinite with nodes ablated; expected finite numbers")
             rows.append(values if per_example else values.mean(-1, keepdim=True))
     table = torch.stack(rows)
     return table.amax(0) if scheme != "stochastic" else _mean_over_deltas(table, draws.p)
