@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning import LightningDataModule, Trainer
@@ -20,6 +20,7 @@ from pdprune.circuits.pruning import CircuitPruner, Learning, Search
 from pdprune.circuits.schemes import Draws, SchemeName
 from pdprune.circuits.selection import Selection
 from pdprune.decomposition import DecomposedModel
+from pdprune.errors import UserError
 from pdprune.loaders import FixedLoader
 from pdprune.losses import LossFunction
 
@@ -92,7 +93,12 @@ def prune(
         UserError: for arguments or batches that do not fit.
         NonFiniteLossError: if a loss becomes NaN or infinite.
     """
-    train_split, select_split = _split(as_batches(batches), None if select is None else as_batches(select))
+    _require_one_of("scheme", scheme, get_args(SchemeName))
+    _require_one_of("search", search, get_args(Search))
+    _require_count("steps", steps)
+    _require_count("target_nodes", target_nodes)
+    with torch.random.fork_rng():  # every pass over a DataLoader draws from the global generator
+        train_split, select_split = _split(as_batches(batches), None if select is None else as_batches(select))
     pruner = CircuitPruner(
         model,
         loss=loss,
@@ -129,6 +135,16 @@ def prune(
             ).fit(pruner, datamodule=data)
     pruner.select(data)
     return pruner.circuit()
+
+
+def _require_one_of(name: str, value: object, names: tuple[str, ...]) -> None:
+    if value not in names:
+        raise UserError(f"{name}: got {value!r}; expected one of {', '.join(names)}")
+
+
+def _require_count(name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise UserError(f"{name}: got {value!r}; expected a whole number, 0 or more")
 
 
 def _split(batches: list[Batch], select: list[Batch] | None) -> tuple[list[Batch], list[Batch]]:
