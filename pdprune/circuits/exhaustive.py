@@ -97,37 +97,38 @@ def _circuit_losses(
 ) -> Float[Tensor, " circuits"]:
     """The loss of every circuit under a scheme; bit i of a circuit's number says whether node i is kept."""
     total = sum(loss.size for loss in losses)
-    by_batch = [_mask_losses(loss, scheme, draws, per_example=scope == "example") for loss in losses]
+    by_batch = [_mask_losses(loss, scheme, per_example=scope == "example") for loss in losses]
     weights = [loss.size / total for loss in losses]
     if scope == "universal":
         by_batch = [torch.stack([w * table for w, table in zip(weights, by_batch, strict=True)]).sum(0)]
         weights = [1.0]
     n = losses[0].model.n_nodes
     scored = torch.zeros(2**n, dtype=torch.float64)
-    for weight, table in zip(weights, by_batch, strict=True):
+    for weight, by_deltas in zip(weights, by_batch, strict=True):
+        table = by_deltas.amax(0) if scheme != "stochastic" else _mean_over_deltas(by_deltas, draws.p)
         if scheme == "adversarial" and max_ablated is not None:
             table = table.masked_fill((n - _sizes(n) > max_ablated)[:, None], -torch.inf)
         scored += weight * _over_supersets(table, scheme, draws.p).mean(-1)
     return scored
 
 
-def _mask_losses(loss: MaskedLoss, scheme: SchemeName, draws: Draws, *, per_example: bool) -> Float[Tensor, "masks G"]:
-    """The loss under every binary mask, deltas ablated, averaged over or at their worst, as the scheme has it."""
+def _mask_losses(loss: MaskedLoss, scheme: SchemeName, *, per_example: bool) -> Float[Tensor, "deltas masks G"]:
+    """The loss under every binary mask, for every pattern of deltas; complete ablation has just the one without any."""
     model = loss.model
+    device = model.delta_sites.device
     sites = model.delta_sites.nonzero().squeeze(-1).tolist() if scheme != "complete" else []
     rows = []
     with torch.no_grad():
         for deltas in itertools.product((0.0, 1.0), repeat=len(sites)):
-            delta_mask = torch.ones(model.n_sites, device=model.delta_sites.device)
+            delta_mask = torch.ones(model.n_sites, device=device)
             delta_mask[model.delta_sites] = 0.0
-            delta_mask[sites] = torch.tensor(deltas, device=model.delta_sites.device)
-            values = torch.stack([loss.per_example(_mask(number, model.n_nodes, model.delta_sites.device), delta_mask)
-                                  for number in range(2**model.n_nodes)]).double().cpu()  # fmt: skip
+            delta_mask[sites] = torch.tensor(deltas, device=device)
+            masks = (_mask(number, model.n_nodes, device) for number in range(2**model.n_nodes))
+            values = torch.stack([loss.per_example(mask, delta_mask) for mask in masks]).double().cpu()
             if not bool(torch.isfinite(values).all()):
                 raise NonFiniteLossError("loss: it is NaN or infinite with nodes ablated; expected finite numbers")
             rows.append(values if per_example else values.mean(-1, keepdim=True))
-    table = torch.stack(rows)
-    return table.amax(0) if scheme != "stochastic" else _mean_over_deltas(table, draws.p)
+    return torch.stack(rows)
 
 
 def _mean_over_deltas(table: Tensor, p: float) -> Tensor:
