@@ -14,8 +14,8 @@ from pdprune.seeding import generator
 class Puzzle(NamedTuple):
     """A network and what a search must answer.
 
-    `complete` and `adversarial` are the circuits that the definitions single out at `target_loss` (KL); several where any of them
-    will do.
+    `complete` and `adversarial` are the circuits that the definitions single out at `target_loss` (KL); several where
+    any of them will do.
     """
 
     model: DecomposedModel
@@ -54,8 +54,8 @@ def signal_and_noise(seed: int, n_noise: int, n_examples: int = 32) -> tuple[Ten
 def cancelling_sets(n_sets: int, negatives: int = 1, positives: int = 1, idle: int = 0, examples: int = 64) -> Puzzle:
     """Node 0 tells the answer. Each set reads a noise of its own: `positives` nodes add it, `negatives` take it away.
 
-    Then come `idle` nodes with no effect. Ablating whole sets changes nothing; ablating one node of any moves logits by 1
-    or more, and so must be forbidden.
+    Then come `idle` nodes with no effect. Ablating whole sets changes nothing; ablating one node of any moves logits
+    by 1 or more, and so must be forbidden.
     """
     signal, noise = signal_and_noise(0, n_sets, examples)
     size, total = positives + negatives, float(max(positives, negatives))
@@ -130,7 +130,7 @@ class _Attention(nn.Module):
         self.out = nn.Linear(1, 2, bias=False)
         with torch.no_grad():
             self.mark.weight.copy_(torch.tensor([[0.0, 1.0, 0.0]]).expand(2 * pairs, -1))
-            self.key.weight.copy_(12 / pairs * torch.tensor([[1.0, -1.0]]).repeat(1, pairs))
+            self.key.weight.copy_(torch.tensor([[1.0, -1.0]]).repeat(1, pairs))
             self.out.weight.copy_(torch.tensor([[4.0], [0.0]]))
 
     def forward(self, x: Tensor) -> Tensor:
