@@ -120,7 +120,8 @@ def prune(
     data = _InMemory(train_split, select_split)
     pruner.prepare(data)
     if not pruner.exhaustive([MaskedLoss(model, select_split[0], loss)]):
-        with _quietly():
+        device = model.delta_sites.device
+        with _quietly(), _gradients_kept(model):
             Trainer(
                 max_steps=steps,
                 max_epochs=-1,
@@ -133,6 +134,7 @@ def prune(
                 enable_model_summary=False,
                 use_distributed_sampler=False,
             ).fit(pruner, datamodule=data)
+        pruner.to(device)  # Lightning leaves it on the CPU
     pruner.select(data)
     return pruner.circuit()
 
@@ -154,6 +156,17 @@ def _split(batches: list[Batch], select: list[Batch] | None) -> tuple[list[Batch
         return batches, batches
     last = max(1, len(batches) // 5)
     return batches[:-last], batches[-last:]
+
+
+@contextlib.contextmanager
+def _gradients_kept(model: DecomposedModel) -> Iterator[None]:
+    """Lightning clears the gradients of all parameters as it begins, the target's among them."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
 @contextlib.contextmanager
