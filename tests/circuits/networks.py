@@ -36,11 +36,15 @@ def linear_puzzle(
 
 
 def by_neuron(target: nn.Module, sites: list[str], share: float = 1.0) -> DecomposedModel:
-    """Each input column of these sites is a node; the rest of the weight, if any, is delta."""
+    """Each input column of these sites (of an embedding, each dimension) is a node; the rest of the weight is delta."""
     components = {}
     for site in sites:
-        W = target.get_submodule(site).weight.detach()
-        components[site] = (torch.eye(W.shape[1]), share * W.T)
+        module = target.get_submodule(site)
+        W = module.weight.detach()
+        if isinstance(module, nn.Embedding):
+            components[site] = (W, share * torch.eye(W.shape[1]))
+        else:
+            components[site] = (torch.eye(W.shape[1]), share * W.T)
     return DecomposedModel.from_components(target, components)
 
 
