@@ -1,1 +1,23 @@
 """Circuits of a network that hold whatever happens to the rest of it."""
+
+from pdprune.circuits.audit import Audit, audit
+from pdprune.circuits.circuit import Circuit
+from pdprune.circuits.prune import prune
+from pdprune.circuits.pruning import CircuitPruner
+from pdprune.decomposition import DecomposedModel, Node, decompose
+from pdprune.decomposition.settings import Decomposition
+from pdprune.errors import NonFiniteLossError, UserError
+
+__all__ = [
+    "Audit",
+    "Circuit",
+    "CircuitPruner",
+    "DecomposedModel",
+    "Decomposition",
+    "Node",
+    "NonFiniteLossError",
+    "UserError",
+    "audit",
+    "decompose",
+    "prune",
+]

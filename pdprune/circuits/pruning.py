@@ -137,8 +137,8 @@ class Learning:
 
     gate_map: GateMapName = "leaky_hard"
     sparsity: Sparsity = field(default_factory=Sparsity)
-    lr: float = 0.03
-    dual_rate: float = 0.03
+    lr: float = 0.05
+    dual_rate: float = 0.1
     dual_gain: float = 2.0
     aim: float = 0.9
 
@@ -353,7 +353,7 @@ class CircuitPruner(LightningModule):
         raise NonFiniteLossError(f"training: the loss is {float(total)} at keep step {step}; expected a finite number")
 
     def _log_step(self, loss: MaskedLoss, data_loss: Tensor, step: int) -> None:
-        if not self.trainer.log_every_n_steps:  # from Python: nobody reads along
+        if not cast(Any, self.trainer).log_every_n_steps:  # from Python: nobody reads along
             return
         gates = self.gates()
         values = {"loss": data_loss, "kept": (gates > 0.5).sum().float()}

@@ -1,0 +1,141 @@
+"""Circuit size at one audited worst case, by gate map, sparsity term and ascent: the table in docs/tuning.md.
+
+    python benchmarks/tuning.py --target dense-py            # every cell that is not done yet, then the table
+    python benchmarks/tuning.py --target dense-py --table    # the table of what is done
+
+Each cell prunes the quote task adversarially to the same target loss, selects, and audits on held-out prompts. It is saved in
+runs/tuning/TARGET when it is done, so that a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+
+from pdprune import CircuitPruner, Decomposition, audit
+from pdprune.circuits.gates import Sparsity
+from pdprune.circuits.opponent import TrainingAdversary
+from pdprune.circuits.pruning import Learning
+from pdprune.run_folder import write_atomically
+from pdprune.tasks import TaskData
+
+TARGET_LOSS = 0.1
+SITES = ["*.mlp.down", "*.attn.out"]
+DEFAULT, FRESH = Learning(), TrainingAdversary()
+HARD_CONCRETE = replace(DEFAULT, gate_map="hard_concrete", sparsity=Sparsity("l0"), lr=0.1)
+HEAVISIDE = replace(DEFAULT, gate_map="heaviside", sparsity=Sparsity("l0"))
+LP = DEFAULT.sparsity
+SMOOTH = Sparsity("smooth_l0", start=1.0, end=0.1)
+CELLS: dict[str, dict[str, Any]] = {
+    "leaky hard, Σg^p, 4 fresh steps": {},
+    "leaky hard, L0, 4 fresh steps": {"learning": replace(DEFAULT, sparsity=Sparsity("l0"))},
+    "leaky hard, smooth L0, 4 fresh steps": {"learning": replace(DEFAULT, sparsity=SMOOTH)},
+    "hard concrete, Σg^p, 4 fresh steps": {"learning": replace(HARD_CONCRETE, sparsity=LP)},
+    "hard concrete, L0, 4 fresh steps": {"learning": HARD_CONCRETE},
+    "hard concrete, smooth L0, 4 fresh steps": {"learning": replace(HARD_CONCRETE, sparsity=SMOOTH)},
+    "Heaviside, L0, 4 fresh steps": {"learning": HEAVISIDE},
+    "leaky hard, Σg^p, 1 fresh step": {"adversary": replace(FRESH, steps=1, step_size=1.0)},
+    "leaky hard, Σg^p, 2 fresh steps": {"adversary": replace(FRESH, steps=2, step_size=1.0)},
+    "leaky hard, Σg^p, 8 fresh steps": {"adversary": replace(FRESH, steps=8, step_size=0.25)},
+    "leaky hard, Σg^p, 2 persistent steps": {"adversary": replace(FRESH, mode="persistent", steps=2, step_size=0.2)},
+    "leaky hard, Σg^p, free": {"adversary": replace(FRESH, mode="free", step_size=0.2)},
+    "leaky hard, Σg^p, 4 fresh steps, twice as long": {"steps": 2},
+}
+
+
+def run_cell(target: str, cell: dict[str, Any], steps: int, n_select: int, seed: int) -> dict[str, Any]:
+    """Prune, select, audit."""
+    start = time.process_time()
+    settings = {name: value for name, value in cell.items() if name != "steps"}
+    data = TaskData("quote", target, n_select=n_select, n_held_out=256, seed=seed)
+    pruner = CircuitPruner(Decomposition(target, SITES), reference="mean", target_loss=TARGET_LOSS, seed=seed, **settings)
+    trainer = Trainer(
+        max_steps=steps * cell.get("steps", 1),
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        log_every_n_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(pruner, datamodule=data)
+    learned = time.process_time() - start
+    chosen = pruner.select(data)
+    selected = time.process_time() - start - learned
+    found = audit(
+        pruner.model,
+        pruner.circuit(),
+        data.held_out_batches(),
+        reference="mean",
+        reference_batches=data.train_batches(),
+        random_circuits=0,
+        seed=seed,
+    )
+    return {
+        "open": int((pruner.gates() > 0.5).sum()),
+        "kept": found.n_kept,
+        "of": found.n_nodes,
+        "select": chosen.loss,
+        "complete": found.complete_loss,
+        "worst": found.adversarial.loss,
+        "seconds": {"learning": learned, "selection": selected},
+    }
+
+
+def table(folder: Path) -> str:
+    """What is done, as Markdown."""
+    lines = [
+        "| gate map, sparsity term, ascent | nodes kept | worst case, select | worst case, held out | seconds of learning |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name in CELLS:
+        if (path := folder / f"{_slug(name)}.json").is_file():
+            row = json.loads(path.read_text())
+            size = f"{row['kept']:,} of {row['of']:,}"
+            seconds = row["seconds"]["learning"]
+            lines.append(f"| {name} | {size} | {row['select']:.3f} | {row['worst']:.3f} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="dense-py")
+    parser.add_argument("--steps", type=int, default=300, help="keep steps of a cell")
+    parser.add_argument("--n_select", type=int, default=128, help="prompts that circuits are chosen on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="cells whose name contains this")
+    parser.add_argument("--table", action="store_true", help="print the table of what is done")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    folder = Path("runs/tuning") / f"{Path(args.target).name}-{args.steps}-{args.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, cell in CELLS.items() if not args.table else ():
+        path = folder / f"{_slug(name)}.json"
+        if path.is_file() or (args.only and args.only not in name):
+            continue
+        result = run_cell(args.target, cell, args.steps, args.n_select, args.seed)
+        result |= {"cell": name, "torch": torch.__version__, "seed": args.seed, "steps": args.steps}
+        write_atomically(path, json.dumps(result, indent=1))
+        print(name, result, flush=True)
+    print(table(folder))
+
+
+if __name__ == "__main__":
+    main()
