@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pdprune.errors import UserError
 from pdprune.loaders import FixedLoader, StepLoader
-from pdprune.targets.tokenizer import NON_ASCII, substitute_non_ascii
+from pdprune.targets.tokenizer import NON_ASCII, VOCAB_SIZE, substitute_non_ascii
 
 Split = Literal["train", "val"]
 
@@ -30,6 +30,9 @@ MACHINE_PREFIX = "_sysconfigdata"
 """Written when Python was built, full of that machine's paths."""
 
 NEWLINE = ord("\n")
+QUOTES_SWAPPED = torch.arange(VOCAB_SIZE)
+QUOTES_SWAPPED[[ord("'"), ord('"')]] = torch.tensor([ord('"'), ord("'")])
+"""The token that each token becomes where quotes are traded."""
 
 
 class StdlibCorpus(LightningDataModule):
@@ -45,6 +48,8 @@ class StdlibCorpus(LightningDataModule):
         val_batches: number of validation batches of `batch_size` windows.
         val_fraction: share of the files held out.
         steps_per_epoch: batches that make an "epoch", after which Lightning validates.
+        swap_quotes: probability that a training window has single and double quotes traded. Code still means the same,
+            and neither quote is the likelier, so that only the opening quote tells which one closes a string.
         seed: seed of the training windows.
     """
 
@@ -56,11 +61,14 @@ class StdlibCorpus(LightningDataModule):
         val_batches: int = 32,
         val_fraction: float = 0.18,
         steps_per_epoch: int = 500,
+        swap_quotes: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not 0 < val_fraction < 1:
             raise UserError(f"corpus: val_fraction is {val_fraction}, expected a number between 0 and 1")
+        if not 0 <= swap_quotes <= 1:
+            raise UserError(f"corpus: swap_quotes is {swap_quotes}, expected a probability")
         for name, value in (("window", window), ("batch_size", batch_size), ("steps_per_epoch", steps_per_epoch)):
             if value < 1:
                 raise UserError(f"corpus: {name} is {value}, expected at least 1")
@@ -70,6 +78,7 @@ class StdlibCorpus(LightningDataModule):
         self.val_batches = val_batches
         self.val_fraction = val_fraction
         self.steps_per_epoch = steps_per_epoch
+        self.swap_quotes = swap_quotes
         self.seed = seed
         self._splits: dict[str, tuple[Int[Tensor, " bytes"], Int[Tensor, " starts"]]] = {}
         self._sha256 = ""
@@ -99,8 +108,12 @@ class StdlibCorpus(LightningDataModule):
         self.setup()
         data, starts = self._splits[split]
         generator = _generator(split, 0 if split == "val" else self.seed, step)
-        chosen = starts[torch.randint(len(starts), (self.batch_size,), generator=generator)][rank::world_size]
+        chosen = starts[torch.randint(len(starts), (self.batch_size,), generator=generator)]
         ids = data[chosen[:, None] + torch.arange(self.window + 1)].long()
+        if split == "train":
+            swapped = torch.rand(self.batch_size, generator=generator) < self.swap_quotes
+            ids = torch.where(swapped[:, None], QUOTES_SWAPPED[ids], ids)
+        ids = ids[rank::world_size]
         return {"inputs": {"input_ids": ids[:, :-1]}, "labels": ids[:, 1:]}
 
     def train_dataloader(self) -> StepLoader:

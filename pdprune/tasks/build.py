@@ -42,11 +42,14 @@ Mined = tuple[str, str]
 def quote_prompts(tokens: Tokens) -> Iterator[Mined]:
     """Which quote closes the string: up to the closing quote of a plain string on one line.
 
-    Strings with a prefix, an escape, the other kind of quote inside, three quotes, or nothing inside are left out.
+    Strings with a prefix, an escape, the other kind of quote inside, three quotes, or nothing inside are left out. So
+    are those that begin their line: the one line that the prompt shows does not tell them from the end of a docstring.
     """
     for token in tokens:
         text, start = token.string, token.line[: token.end[1] - 1]
         if token.type != tokenize.STRING or text[0] not in QUOTES or len(text) < 3 or token.start[0] != token.end[0]:
+            continue
+        if not token.line[: token.start[1]].strip():
             continue
         if "\\" in start or "'''" in start or '"""' in start or any(quote in text[1:-1] for quote in QUOTES):
             continue

@@ -83,6 +83,20 @@ def test_characters_outside_ascii_become_one_token_each(library: Path) -> None:
     assert (ids == 0x1A).any()
 
 
+def test_swapped_windows_are_the_same_but_for_their_quotes(library: Path) -> None:
+    for path in library.glob("module*.py"):
+        path.write_text("x = 'a', \"b\"\n" * 10)
+
+    def text(swap_quotes: float, split: str = "train") -> str:
+        corpus = StdlibCorpus(str(library), window=WINDOW, batch_size=16, swap_quotes=swap_quotes)
+        return "".join(map(chr, corpus.batch(split, 0)["inputs"]["input_ids"].flatten().tolist()))
+
+    traded = str.maketrans("'\"", "\"'")
+    assert text(1.0) == text(0.0).translate(traded)
+    assert text(0.5) not in (text(0.0), text(1.0))
+    assert text(1.0, "val") == text(0.0, "val")
+
+
 def test_the_hash_tells_corpora_apart(library: Path) -> None:
     def digest() -> str:
         return StdlibCorpus(str(library), window=WINDOW).describe()["corpus_sha256"]
@@ -99,6 +113,7 @@ def test_the_hash_tells_corpora_apart(library: Path) -> None:
         ({"root": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"val_fraction": 1.5}, "val_fraction"),
         ({"window": 0}, "window"),
+        ({"swap_quotes": 2.0}, "swap_quotes"),
         ({"window": 10_000}, "window of 10000"),
     ],
 )

@@ -19,6 +19,7 @@ def mined(task: str, source: str) -> list[tuple[str, str]]:
     [
         ("x = 'ab'", [("\nx = 'ab", "'")]),
         ("    f(\"a\", 'b')", [('\n    f("a', '"'), ('\n    f("a", \'b', "'")]),
+        ("'ab'", []),
         ("x = ''", []),
         ("x = b'ab'", []),
         ("x = f'ab'", []),
