@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,6 +28,9 @@ MARGIN = 0.9
 SCANNED_SIZES = 128
 """Sizes that are tried first where the loss need not fall with size."""
 
+SWAP_GAIN = 0.01
+"""A swap must lower the loss by this share of it; among nodes that do not matter one would swap for ever."""
+
 GROWN_AT_MOST = 16
 """Nodes of a circuit that is grown from nothing."""
 GROWN_FROM = 3
@@ -41,9 +44,11 @@ class Selection:
     Attributes:
         drop_scores: how many circuits may be scored in dropping nodes one by one; None is enough for all of them up to
             400 kept nodes, and 400 above.
+        swap_scores: how many may be scored in swapping kept nodes for others, where a number of nodes is asked for.
     """
 
     drop_scores: int | None = None
+    swap_scores: int = 200
 
     def budget(self, n_kept: int) -> int:
         return self.drop_scores if self.drop_scores is not None else min(2 * n_kept, 800)
@@ -122,10 +127,18 @@ def say_unreachable(target_loss: float, floor: float) -> None:
     )
 
 
-def select_for_size(ranking: Float[Tensor, "*lead n"], scorer: Scorer, target_nodes: int) -> Selected:
-    """The `target_nodes` highest-ranked nodes (or node positions)."""
+def select_for_size(
+    ranking: Float[Tensor, "*lead n"],
+    scorer: Scorer,
+    target_nodes: int,
+    *,
+    selection: Selection | None = None,
+    report: Report = silent,
+) -> Selected:
+    """The highest-ranked `target_nodes` nodes (or node positions), some of them swapped where that lowers the loss."""
     keep = _top(ranking, target_nodes)
-    return Selected(keep.bool(), scorer.score(keep), None)
+    keep, loss = _swap(keep, ranking, scorer, (selection or Selection()).swap_scores, report)
+    return Selected(keep.bool(), loss, None)
 
 
 def select_open_gates(gates: Float[Tensor, "*lead n"], scorer: Scorer) -> Selected:
@@ -235,6 +248,39 @@ def _drop_singles_and_pairs(
                 keep, dropped = candidate, True
                 break
     return keep
+
+
+def _swap(
+    keep: Float[Tensor, "*lead n"], ranking: Float[Tensor, "*lead n"], scorer: Scorer, budget: int, report: Report
+) -> tuple[Float[Tensor, "*lead n"], float]:
+    """Swap a kept node for another while that lowers the loss, near the boundary of the ranking first."""
+    loss = scorer.score(keep)
+    order = ranking.flatten().argsort(descending=True, stable=True).tolist()
+    scored, improved = 0, True
+    while improved:
+        improved = False
+        kept = [i for i in reversed(order) if keep.flatten()[i] > 0]
+        others = [i for i in order if keep.flatten()[i] == 0]
+        for out, into in _nearest_first(kept, others):
+            if scored >= budget:
+                break
+            candidate = keep.clone()
+            candidate.view(-1)[[out, into]] = candidate.view(-1)[[into, out]]
+            scored += 1
+            report("swapping", scored, int(keep.sum()))
+            wanted = loss - SWAP_GAIN * abs(loss)
+            value = scorer.score(candidate, stop_above=wanted)
+            if value < wanted:
+                keep, loss, improved = candidate, value, True
+                break
+    return keep, loss
+
+
+def _nearest_first(kept: Sequence[int], others: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """All pairs, those near the heads of both lists first."""
+    for distance in range(len(kept) + len(others) - 1):
+        for i in range(max(0, distance - len(others) + 1), min(distance + 1, len(kept))):
+            yield kept[i], others[distance - i]
 
 
 def _grow(found: Float[Tensor, "*lead n"], scorer: SmoothScorer, counter: _Counter) -> Float[Tensor, "*lead n"] | None:

@@ -196,6 +196,22 @@ def test_a_size_is_the_top_of_the_ranking() -> None:
         assert kept(found) == expected and found.loss == size and found.reached is None
 
 
+@given(seed=st.integers(0, 10**6))
+@quick
+def test_nodes_are_swapped_where_that_lowers_the_loss(seed: int) -> None:
+    """Whatever the ranking, the best of a size is found where each node counts by itself."""
+    rng = generator(seed)
+    values = torch.rand(8, generator=rng)
+    judge = Judge(lambda keep: float(values.sum() - values[list(keep)].sum()))
+    ranking = torch.rand(8, generator=rng)
+    found = select_for_size(ranking, judge, 3)
+    best = float(values.sum() - values.topk(3).values.sum())
+    assert len(kept(found)) == 3 and found.loss == judge.loss(kept(found)) <= 1.05 * best
+    few = Judge(judge.loss)
+    assert select_for_size(ranking, few, 3, selection=Selection(swap_scores=2)).loss >= found.loss
+    assert len(few.asked) <= 3
+
+
 def test_open_gates_are_kept() -> None:
     found = select_open_gates(torch.tensor([0.2, 0.51, 0.5, 1.0]), Judge(lambda keep: 0.5))
     assert kept(found) == {1, 3} and found.loss == 0.5 and found.reached is None
