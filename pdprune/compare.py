@@ -51,7 +51,7 @@ def compare(folders: list[Path]) -> Table:
         *(f"{audit.n_kept:,}" for audit in audits),
         end_section=True,
     )
-    for row in (*_loss_rows(audits), *_task_rows(audits)):
+    for row in (*_loss_rows(audits), *_kl_rows(audits), *_task_rows(audits)):
         table.add_row(*row)
     verdicts = ({None: "-", True: "yes", False: "no"}[audit.faithful] for audit in audits)
     table.add_row(f"faithful ({_name(first)} by adversary ≤ {first.target_loss})", "", *verdicts)
@@ -78,7 +78,20 @@ def _name(audit: Audit) -> str:
     return {"kl": "KL", "ce": "CE", "mse": "MSE"}.get(audit.loss, audit.loss)
 
 
+def _kl_rows(audits: list[Audit]) -> list[tuple[str, ...]]:
+    """The KL beside a loss that is another one; the model's own is 0."""
+    divergences = [audit.kl for audit in audits if audit.kl is not None]
+    if len(divergences) < len(audits):
+        return []
+    return [
+        (f"KL, rest {rest}", "0.000", *(f"{getattr(kl, scheme):.3f}" for kl in divergences))
+        for scheme, rest in REST.items()
+    ]
+
+
 def _loss_rows(audits: list[Audit]) -> list[tuple[str, ...]]:
+    if audits[0].loss == "ce" and audits[0].task is not None:
+        return []  # the task's rows say it
     losses = {
         "complete": [audit.complete_loss for audit in audits],
         "stochastic": [audit.stochastic.mean for audit in audits],

@@ -206,6 +206,8 @@ def attack(
     ones = game.corner(1.0)
     with torch.no_grad():
         worst = Worst(game, ones, game.loss(ones))
+    if not bool(game.free.any()):
+        return worst
     for _ in _moves(worst, ascent, rng, pool):
         if stop_above is not None and worst.loss > stop_above:
             break

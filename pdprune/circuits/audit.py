@@ -179,7 +179,7 @@ def audit(
         beats_model=_below(complete.mean("ce"), unablated.mean("ce")),
         target_loss=target_loss,
         faithful=None if target_loss is None else adversarial_loss <= target_loss,
-        kl=_kl(complete, under_attack),
+        kl=_kl(complete, drawn, under_attack),
         worst_source=source,
         worst_source_delta=delta_source,
     )
@@ -343,12 +343,13 @@ class _Drawn(NamedTuple):
     stochastic: Stochastic
     worst: list[Worst]
     score: Score | None
+    kl: float | None
 
 
 def _draw(eye: _Eye, games: Sequence[Game], draws: int, seed: int) -> _Drawn:
     """Uniform sources on [0,1], deltas too, one a game and draw."""
     worst = [_unmet(game) for game in games]
-    losses, scores = [], []
+    losses, scores, divergences = [], [], []
     for draw in range(draws):
         entries = [
             game.draw(generator(seed, "audit-draw", draw, index), coins=False) for index, game in enumerate(games)
@@ -358,9 +359,11 @@ def _draw(eye: _Eye, games: Sequence[Game], draws: int, seed: int) -> _Drawn:
             found.meet(played, _group_losses(found.game, reading))
         losses.append(readings.loss)
         scores.append(_score(readings))
+        divergences.append(readings.mean("kl"))
     values = torch.tensor(losses, dtype=torch.float64)
     summary = Stochastic(float(values.mean()), _p95(values), max(losses), draws)
-    return _Drawn(summary, worst, _mean_score([score for score in scores if score is not None]))
+    score = _mean_score([score for score in scores if score is not None])
+    return _Drawn(summary, worst, score, _mean_if_any(divergences))
 
 
 def _unmet(game: Game) -> Worst:
@@ -586,9 +589,14 @@ def _mean_score(scores: Sequence[Score]) -> Score | None:
     return Score(sum(score.ce for score in scores) / n, sum(score.accuracy for score in scores) / n)
 
 
-def _kl(complete: _Readings, under_attack: _Readings) -> KL | None:
-    values = complete.mean("kl"), under_attack.mean("kl")
-    return None if values[0] is None or values[1] is None else KL(values[0], values[1])
+def _kl(complete: _Readings, drawn: _Drawn, under_attack: _Readings) -> KL | None:
+    values = complete.mean("kl"), drawn.kl, under_attack.mean("kl")
+    return None if None in values else KL(*values)  # type: ignore[arg-type]
+
+
+def _mean_if_any(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 # -- small change ----------------------------------------------------------------------------------------------------

@@ -100,6 +100,7 @@ class KL:
     """What the circuit does to the target's outputs, when the audit's loss is another one."""
 
     complete: float
+    stochastic: float
     adversarial: float
 
 
