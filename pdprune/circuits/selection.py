@@ -34,7 +34,9 @@ SWAP_GAIN = 0.01
 GROWN_AT_MOST = 16
 """Nodes of a circuit that is grown from nothing."""
 GROWN_FROM = 3
-"""Nodes that are tried each time such a circuit grows."""
+"""Nodes that are tried each time a circuit grows by one."""
+SWAPS_A_SIZE = 40
+"""Swaps that are tried at each size of a growing circuit."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Selection:
     Attributes:
         drop_scores: how many circuits may be scored in dropping nodes one by one; None is enough for all of them up to
             400 kept nodes, and 400 above.
-        swap_scores: how many may be scored in swapping kept nodes for others, where a number of nodes is asked for.
+        swap_scores: how many may be scored in swapping kept nodes for others, where a number of nodes is asked for;
+            and in growing a circuit from nothing.
     """
 
     drop_scores: int | None = None
@@ -110,7 +113,7 @@ def select_for_loss(
     else:
         keep = _scan(ranking, counter)
         keep = _drop_singles_and_pairs(keep, ranking, counter, selection.budget(int(keep.sum())))
-        grown = _grow(keep, cast(SmoothScorer, scorer), counter)
+        grown = _grow(keep, cast(SmoothScorer, scorer), counter, selection.swap_scores)
         if grown is not None:
             keep = _drop_singles_and_pairs(grown, ranking, counter, selection.budget(int(grown.sum())))
     keep, loss = _confirm(keep, ranking, scorer, target_loss)
@@ -137,7 +140,7 @@ def select_for_size(
 ) -> Selected:
     """The highest-ranked `target_nodes` nodes (or node positions), some of them swapped where that lowers the loss."""
     keep = _top(ranking, target_nodes)
-    keep, loss = _swap(keep, ranking, scorer, (selection or Selection()).swap_scores, report)
+    keep, loss = _Swaps(scorer, (selection or Selection()).swap_scores, report).improve(keep, ranking)
     return Selected(keep.bool(), loss, None)
 
 
@@ -183,7 +186,7 @@ def _confirm(
     """Score the choice once more, by a scorer that has seen many attacks since; take nodes back while it fails."""
     taken_back = 1
     while (loss := scorer.score(keep)) > target_loss and not bool(keep.all()):
-        missing = [i for i in ranking.flatten().argsort(descending=True, stable=True).tolist() if not keep.flatten()[i]]
+        missing = _missing(ranking, keep)
         keep = keep.clone()
         keep.view(-1)[missing[:taken_back]] = 1
         taken_back *= 2
@@ -250,30 +253,37 @@ def _drop_singles_and_pairs(
     return keep
 
 
-def _swap(
-    keep: Float[Tensor, "*lead n"], ranking: Float[Tensor, "*lead n"], scorer: Scorer, budget: int, report: Report
-) -> tuple[Float[Tensor, "*lead n"], float]:
-    """Swap a kept node for another while that lowers the loss, near the boundary of the ranking first."""
-    loss = scorer.score(keep)
-    order = ranking.flatten().argsort(descending=True, stable=True).tolist()
-    scored, improved = 0, True
-    while improved:
-        improved = False
-        kept = [i for i in reversed(order) if keep.flatten()[i] > 0]
-        others = [i for i in order if keep.flatten()[i] == 0]
+@dataclass
+class _Swaps:
+    """Swaps kept nodes for others while that lowers the loss, near the boundary of the ranking first."""
+
+    scorer: Scorer
+    budget: int
+    report: Report
+    scored: int = 0
+
+    def improve(
+        self, keep: Float[Tensor, "*lead n"], ranking: Float[Tensor, "*lead n"]
+    ) -> tuple[Float[Tensor, "*lead n"], float]:
+        loss = self.scorer.score(keep)
+        while (better := self._better(keep, loss, ranking)) is not None:
+            keep, loss = better
+        return keep, loss
+
+    def _better(self, keep: Tensor, loss: float, ranking: Tensor) -> tuple[Tensor, float] | None:
+        wanted = loss - SWAP_GAIN * abs(loss)
+        others = _missing(ranking, keep)
+        kept = _missing(-ranking, 1 - keep)
         for out, into in _nearest_first(kept, others):
-            if scored >= budget:
-                break
+            if self.scored >= self.budget:
+                return None
             candidate = keep.clone()
             candidate.view(-1)[[out, into]] = candidate.view(-1)[[into, out]]
-            scored += 1
-            report("swapping", scored, int(keep.sum()))
-            wanted = loss - SWAP_GAIN * abs(loss)
-            value = scorer.score(candidate, stop_above=wanted)
-            if value < wanted:
-                keep, loss, improved = candidate, value, True
-                break
-    return keep, loss
+            self.scored += 1
+            self.report("swapping", self.scored, int(keep.sum()))
+            if (value := self.scorer.score(candidate, stop_above=wanted)) < wanted:
+                return candidate, value
+        return None
 
 
 def _nearest_first(kept: Sequence[int], others: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -283,30 +293,41 @@ def _nearest_first(kept: Sequence[int], others: Sequence[int]) -> Iterator[tuple
             yield kept[i], others[distance - i]
 
 
-def _grow(found: Float[Tensor, "*lead n"], scorer: SmoothScorer, counter: _Counter) -> Float[Tensor, "*lead n"] | None:
-    """A circuit smaller than `found`, if keeping one node after another leads to one, from nothing.
+def _grow(
+    found: Float[Tensor, "*lead n"], scorer: SmoothScorer, counter: _Counter, budget: int
+) -> Float[Tensor, "*lead n"] | None:
+    """A circuit smaller than `found`, if adding one node after another leads to one, from nothing.
 
-    Each time the few nodes that promise most are tried and the best of them stays.
+    Each time the few nodes that promise most are tried, the best of them stays, and nodes are swapped while `budget`
+    swaps last.
     Gates have to come down together where many nodes cancel, since any imbalance hurts, and may get stuck on the way.
     From below, what cancels never comes in.
     """
-    keep = torch.zeros_like(found)
+    keep, left = torch.zeros_like(found), budget
     for _ in range(min(int(found.sum()), GROWN_AT_MOST)):
         if counter.good(keep, "growing"):
             return keep
-        promise = scorer.promise(keep).masked_fill(keep > 0, -torch.inf).flatten()
         candidates = []
-        for node in promise.topk(min(GROWN_FROM, int((keep == 0).sum()))).indices:
+        for node in _missing(scorer.promise(keep), keep)[:GROWN_FROM]:
             candidates.append(keep.clone())
             candidates[-1].view(-1)[node] = 1
         keep = min(candidates, key=scorer.score)
-        counter.scored += len(candidates)
+        swaps = _Swaps(scorer, min(SWAPS_A_SIZE, left), silent)
+        keep, _ = swaps.improve(keep, scorer.promise(keep))
+        left -= swaps.scored
+        counter.scored += len(candidates) + swaps.scored
     return None
 
 
 def _runs(order: Sequence[int], size: int = 8) -> list[list[int]]:
     """Runs of nodes to be tried together, as a stack: the first to try last."""
     return [list(order[start : start + size]) for start in range(0, len(order), size)][::-1]
+
+
+def _missing(ranking: Float[Tensor, "*lead n"], keep: Float[Tensor, "*lead n"]) -> list[int]:
+    """The nodes that are not kept, the highest-ranked first."""
+    order = ranking.flatten().argsort(descending=True, stable=True)
+    return [int(node) for node in order[keep.flatten()[order] == 0]]
 
 
 def _top(ranking: Float[Tensor, "*lead n"], count: int) -> Float[Tensor, "*lead n"]:
