@@ -151,7 +151,7 @@ class CircuitPruner(LightningModule):
     """Finds the few nodes that a behaviour needs.
 
     Target and components are frozen. In manual optimisation each batch is one *keep step*: the adversary
-    (`opponent.py`) climbs on its sources against detached gates, then the gates descend against its detached choice, so that
+    (`opponent.py`) climbs on its sources against detached gates, then the gates descend against its detached choice. So
     `trainer.global_step` counts keep steps. After training, `select` turns gates into a binary circuit.
 
     Args:
