@@ -162,6 +162,58 @@ def bypassed_attention(pairs: int) -> Puzzle:
     return Puzzle(model, batch, 0.002, [{2 * pairs}], [set(range(2 * pairs + 1))])
 
 
+class _TwoSites(nn.Module):
+    """Two readouts of the same inputs, added."""
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(len(weight), 1, bias=False) for weight in (first, second))
+        with torch.no_grad():
+            self.first.weight.copy_(first[None])
+            self.second.weight.copy_(second[None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        logit = self.first(x) + self.second(x)
+        return torch.cat([logit, torch.zeros_like(logit)], -1)
+
+
+def pairs_across_sites(pairs: int, idle: int = 0) -> Puzzle:
+    """Every node has a column of both sites; the halves of a cancelling pair act through different ones."""
+    signal, noise = signal_and_noise(0, pairs, 64)
+    n = 1 + 2 * pairs + idle
+    first, second = torch.zeros(2, n)
+    first[0] = second[0] = 1
+    first[1 : 1 + 2 * pairs : 2] = 2
+    second[2 : 2 + 2 * pairs : 2] = -2
+    target = _TwoSites(first, second)
+    columns = {"first": (torch.eye(n), first[:, None]), "second": (torch.eye(n), second[:, None])}
+    nodes = [[("first", column), ("second", column)] for column in range(n)]
+    inputs = torch.cat([signal, noise.repeat_interleave(2, 1), torch.ones(64, idle)], 1)
+    model = DecomposedModel.from_components(target, columns, nodes=nodes)
+    return Puzzle(model, inputs, 0.02, [{0}], [set(range(1 + 2 * pairs))])
+
+
+class _SummedEmbedding(nn.Module):
+    """The answer at every position is the sum over a token's embedding."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(*weight.shape, _weight=weight)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logit = 2 * self.embed(input_ids).sum(-1, keepdim=True)
+        return torch.cat([logit, torch.zeros_like(logit)], -1)
+
+
+def embedded_pairs(pairs: int) -> Puzzle:
+    """Nodes are dimensions of an embedding: the first tells the answer, the others cancel in pairs for every token."""
+    signal, noise = signal_and_noise(0, pairs, 16)
+    halves = noise.repeat_interleave(2, 1) * torch.tensor([1.0, -1.0]).repeat(pairs)
+    model = by_neuron(_SummedEmbedding(torch.cat([signal, halves], 1)), ["embed"])
+    batch = {"inputs": torch.arange(64).reshape(8, 8) % 16, "positions": torch.ones(8, 8, dtype=torch.bool)}
+    return Puzzle(model, batch, 0.02, [{0}], [set(range(1 + 2 * pairs))])
+
+
 def small_contributions(idle: int, examples: int = 128) -> Puzzle:
     """Node 0 tells the answer; each other adds a little, with a sign of its own for every example."""
     signal, noise = signal_and_noise(0, idle, examples)

@@ -24,7 +24,7 @@ SCOPES: list[Scope] = ["batch", "universal", "position", "example", "example_pos
 LEADS = {"batch": (), "universal": (), "position": (5,), "example": (4, 1), "example_position": (4, 5)}
 LIGHT = Ascent(steps=4, step_size=0.5, restarts=2, draws=4, flips=16)
 
-quick = settings(max_examples=15, deadline=None)
+quick = settings(max_examples=10, deadline=None)
 small = settings(max_examples=6, deadline=None)
 
 

@@ -107,7 +107,7 @@ CASES = [
 
 @pytest.mark.parametrize(("scheme", "scope", "max_ablated"), CASES)
 @given(seed=st.integers(0, 10**6), n_deltas=st.integers(0, 2))
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 def test_the_circuit_is_the_best_of_all(
     scheme: str, scope: str, max_ablated: int | None, seed: int, n_deltas: int
 ) -> None:

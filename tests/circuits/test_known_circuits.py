@@ -14,7 +14,9 @@ from circuits.networks import (
     Puzzle,
     bypassed_attention,
     cancelling_sets,
+    embedded_pairs,
     norm_gain,
+    pairs_across_sites,
     redundant_routes,
     small_contributions,
 )
@@ -26,7 +28,7 @@ from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.objective import MaskedLoss
 from pdprune.circuits.prune import prune
 
-STEPS = 120
+STEPS = 80
 """Enough for the small networks here; the default is for larger ones."""
 
 PUZZLES: dict[str, Puzzle] = {
@@ -40,6 +42,8 @@ PUZZLES: dict[str, Puzzle] = {
     "layer norm": norm_gain(6, "layer"),
     "attention": bypassed_attention(1),
     "attention of 3 pairs": bypassed_attention(3),
+    "pairs across sites": pairs_across_sites(2, idle=3),
+    "pairs in an embedding": embedded_pairs(3),
 }
 
 
@@ -151,7 +155,7 @@ def test_small_contributions_line_up_only_for_one_example_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["complete", "adversarial"])
-@pytest.mark.parametrize("seed", [5, 20, 39, 47, 71])
+@pytest.mark.parametrize("seed", [5, 20, 47])
 def test_gradient_search_keeps_as_few_as_exact_search_in_random_networks(seed: int, scheme: Any) -> None:
     network = random_network(seed)
     n = network.model.n_nodes
