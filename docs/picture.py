@@ -30,8 +30,10 @@ def draw(folders: list[Path], path: Path) -> None:
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
     model = audits[0].task
     assert model is not None
-    axes.axhline(model.model.ce, color="grey", linestyle="--", linewidth=1, label=f"the model itself: {model.model.ce:.2f}")
-    axes.set_xticks(range(len(SCHEMES)), [f"the rest {how}" for how in SCHEMES.values()])
+    axes.axhline(
+        model.model.ce, color="grey", linestyle="--", linewidth=1, label=f"the model itself: {model.model.ce:.2f}"
+    )
+    axes.set_xticks(range(len(SCHEMES)), [f"the rest\n{how}" for how in SCHEMES.values()])
     axes.set_ylabel("task cross-entropy (nats)")
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
