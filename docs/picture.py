@@ -1,4 +1,7 @@
-"""The README's picture: `pip install '.[report]'`, then `python docs/picture.py runs/quickstart-complete runs/quickstart`."""
+"""The README's picture: after `make quickstart` and `pip install '.[report]'`,
+
+python docs/picture.py runs/quickstart-complete runs/quickstart
+"""
 
 from __future__ import annotations
 
