@@ -67,8 +67,8 @@ def as_batch(raw: Any) -> Batch:
     """Read what a data loader yielded.
 
     Args:
-        raw: a tensor; `(inputs, labels)`; or a dict with `inputs` and any of `labels`, `positions`, `choices`,
-            `counterfactual`. A `Batch` is returned as it is.
+        raw: a tensor, alone or as the one element of a list; `(inputs, labels)`; or a dict with `inputs` and any of
+            `labels`, `positions`, `choices`, `counterfactual`. A `Batch` is returned as it is.
 
     Raises:
         UserError: for anything else, or for labels, positions or choices of the wrong shape.
@@ -78,6 +78,8 @@ def as_batch(raw: Any) -> Batch:
             return raw
         case Tensor():
             batch = Batch(raw, raw)
+        case (inputs,):
+            batch = Batch(raw, inputs)
         case (inputs, labels):
             batch = Batch(raw, inputs, labels)
         case {"inputs": _}:
@@ -101,7 +103,8 @@ def as_batches(raw_batches: Iterable[Any]) -> list[Batch]:
         raise UserError("batches: got one batch; expected a list or DataLoader of batches: write [batch]")
     if isinstance(raw_batches, Iterator):
         raise UserError("batches: got a generator, which can be read only once; expected a list or a DataLoader")
-    batches = [as_batch(raw) for raw in raw_batches]
+    with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed for its workers from the global generator
+        batches = [as_batch(raw) for raw in raw_batches]
     if not batches:
         raise UserError("batches: got none; expected at least one batch")
     return batches

@@ -124,9 +124,18 @@ def scored_positions(output: Tensor, batch: Batch) -> Scored:
     elif positions.dtype == torch.bool:
         example, position = positions.nonzero(as_tuple=True)
     else:
+        _require_positions(positions, output.shape[1])
         used = positions != UNUSED
         example, position = used.nonzero(as_tuple=True)[0], positions[used]
     return Scored(example, position, _share(example, output.shape[0]))
+
+
+def _require_positions(positions: Int[Tensor, "B P"], length: int) -> None:
+    if not positions.numel():
+        return
+    low, high = int(positions.min()), int(positions.max())
+    if low < UNUSED or high >= length:
+        raise UserError(f"batch: positions run from {low} to {high}; expected 0 to {length - 1}, or -1 for none")
 
 
 def _share(example: Int[Tensor, " M"], size: int) -> Float[Tensor, " M"]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 import yaml
@@ -204,6 +204,8 @@ class CircuitPruner(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         loss_function(loss)
+        _check_choice("scheme", scheme, SchemeName)
+        _check_choice("search", search, Search)
         self.goal = Goal(target_loss, target_nodes, coefficient)
         self.decomposition = decomposition
         self.loss = loss
@@ -411,7 +413,7 @@ class CircuitPruner(LightningModule):
                 report=report,
             )
         if self.goal.target_nodes is not None:
-            return select_for_size(ranking, scores, self.goal.target_nodes)
+            return select_for_size(ranking, scores, self.goal.target_nodes, selection=self.selection, report=report)
         return select_open_gates(self.gates(), scores)
 
     def scorer(self, losses: Sequence[MaskedLoss]) -> Scorer:
@@ -579,6 +581,11 @@ class CircuitPruner(LightningModule):
             "gates": list(self.theta.shape),
             "gate_map": self.learning.gate_map,
         }
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise UserError(f"{name}: got {value!r}; expected one of {', '.join(get_args(choices))}")
 
 
 RANKING_MEMORY = 0.97

@@ -1,7 +1,8 @@
 """The three schemes by which a circuit is scored: complete, stochastic, adversarial (method.md, section 3).
 
-A *scorer* gives the loss of any circuit on fixed data under one scheme. Selection asks it about hundreds of circuits;
-it is exact about the data and deterministic, so equal circuits score equally.
+A *scorer* gives the loss of any circuit on fixed data under one scheme. Selection asks it about hundreds of circuits.
+The adversarial one remembers what hurt and restarts elsewhere each time, so that a circuit may score higher when asked
+again, and what is asked in the same order is answered alike.
 """
 
 from __future__ import annotations
@@ -121,16 +122,18 @@ class AdversarialScorer:
     max_ablated: int | None = None
     seed: int = 0
     pool_size: int = 6
+    _asked: int = 0
     _pools: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def score(self, keep: Float[Tensor, "*lead n"], stop_above: float | None = None) -> float:
         found: list[float] = []
+        self._asked += 1
         games = self._games(keep)
         for index, game in enumerate(games):
             worst = attack(
                 game,
                 self.ascent,
-                generator(self.seed, "select-attack", index),
+                generator(self.seed, "select-attack", self._asked, index),
                 pool=self._remembered(index, game),
                 stop_above=stop_above if len(games) == 1 else None,
             )
