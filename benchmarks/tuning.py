@@ -27,7 +27,7 @@ from pdprune.circuits.gates import Sparsity
 from pdprune.circuits.opponent import TrainingAdversary
 from pdprune.circuits.pruning import Learning
 from pdprune.circuits.selection import Selection
-from pdprune.run_folder import write_atomically
+from pdprune.files import write_atomically
 from pdprune.tasks import TaskData
 
 TARGET_LOSS = {"dense-py": 0.15, "sparse-py": 0.3}
@@ -140,7 +140,7 @@ def main() -> None:
             continue
         result = run_cell(args.target, cell, args.steps, args.n_select, args.seed)
         result |= {"cell": name, "torch": torch.__version__, "seed": args.seed, "steps": args.steps}
-        write_atomically(path, json.dumps(result, indent=1))
+        write_atomically(path, json.dumps(result, indent=1).encode())
         print(name, result, flush=True)
     print(table(folder))
 

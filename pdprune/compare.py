@@ -131,7 +131,7 @@ def main(args: list[str] | None = None) -> int:
     console = Console()
     console.print(table)
     console.print(
-        "KL and CE (cross-entropy over the answers to choose from) in nats. The rest: every node\n"
+        "KL and CE (cross-entropy over the answers to choose from) in nats. The rest: every node "
         "not kept. Faithful means that it survived this attack; that is no certificate.",
         style="dim",
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from pdprune.circuits.adversary import Ascent, Game, Scope, attack
@@ -200,8 +200,3 @@ def _promise(
             (gradient,) = torch.autograd.grad(mean_loss(loss, leaf), leaf)
         promise -= gradient * (loss.size / total)
     return promise
-
-
-def as_gates(keep: Bool[Tensor, "*lead n"]) -> Float[Tensor, "*lead n"]:
-    """A binary circuit as gates."""
-    return keep.float()
