@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pdprune.errors import UserError
 from pdprune.loaders import FixedLoader, StepLoader
+from pdprune.seeding import generator
 from pdprune.targets.tokenizer import NON_ASCII, VOCAB_SIZE, substitute_non_ascii
 
 Split = Literal["train", "val"]
@@ -107,11 +108,11 @@ class StdlibCorpus(LightningDataModule):
         """Batch `step` of a split, or one rank's share of it: `{"inputs": {"input_ids": [B, T]}, "labels": [B, T]}`."""
         self.setup()
         data, starts = self._splits[split]
-        generator = _generator(split, 0 if split == "val" else self.seed, step)
-        chosen = starts[torch.randint(len(starts), (self.batch_size,), generator=generator)]
+        draws = generator(0 if split == "val" else self.seed, "corpus", split, step)
+        chosen = starts[torch.randint(len(starts), (self.batch_size,), generator=draws)]
         ids = data[chosen[:, None] + torch.arange(self.window + 1)].long()
         if split == "train":
-            swapped = torch.rand(self.batch_size, generator=generator) < self.swap_quotes
+            swapped = torch.rand(self.batch_size, generator=draws) < self.swap_quotes
             ids = torch.where(swapped[:, None], QUOTES_SWAPPED[ids], ids)
         ids = ids[rank::world_size]
         return {"inputs": {"input_ids": ids[:, :-1]}, "labels": ids[:, 1:]}
@@ -170,9 +171,3 @@ def split_of(path: str, val_fraction: float) -> Split:
     """Which split a file belongs to, by the SHA-256 of its path relative to the corpus."""
     position = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64
     return "val" if position < val_fraction else "train"
-
-
-def _generator(split: Split, seed: int, step: int) -> torch.Generator:
-    """The generator of one batch. The shipped targets saw the windows that this draws, so it stays as it is."""
-    digest = hashlib.sha256(repr((split, seed, step)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
