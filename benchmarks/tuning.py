@@ -23,8 +23,8 @@ import torch
 from lightning import Trainer
 
 from pdprune import CircuitPruner, Decomposition, audit
+from pdprune.adversary.opponent import TrainingAdversary
 from pdprune.circuits.gates import Sparsity
-from pdprune.circuits.opponent import TrainingAdversary
 from pdprune.circuits.pruning import Learning
 from pdprune.circuits.selection import Selection
 from pdprune.files import write_atomically

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pdprune.adversary.objective import MaskedLoss
 from pdprune.batches import Batch, as_batch, output_of
-from pdprune.circuits.objective import MaskedLoss
 from pdprune.decomposition import DecomposedModel
 from pdprune.errors import UserError
 from pdprune.losses import answers, loss_function, loss_name, task_loss_and_accuracy

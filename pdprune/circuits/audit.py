@@ -14,8 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pdprune.adversary.attack import Ascent, Worst, attack, exact_attack
+from pdprune.adversary.game import Game, Scope, per_batch
+from pdprune.adversary.objective import MaskedLoss, Reference, ReferenceKind, masked_losses
+from pdprune.adversary.second_attack import attack_again, n_free
 from pdprune.batches import Batch, as_batches
-from pdprune.circuits.adversary import Ascent, Game, Scope, Worst, attack, exact_attack, per_batch
 from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.findings import (
     KL,
@@ -27,8 +30,6 @@ from pdprune.circuits.findings import (
     Stochastic,
     TaskScores,
 )
-from pdprune.circuits.objective import MaskedLoss, Reference, ReferenceKind, masked_losses
-from pdprune.circuits.second_attack import attack_again, n_free
 from pdprune.decomposition import DecomposedModel
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.losses import (

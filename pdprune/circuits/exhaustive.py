@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from pdprune.circuits.adversary import EXACT_LIMIT, Scope
-from pdprune.circuits.objective import MaskedLoss
+from pdprune.adversary.attack import EXACT_LIMIT
+from pdprune.adversary.game import Scope
+from pdprune.adversary.objective import MaskedLoss
 from pdprune.circuits.schemes import Draws, SchemeName
 from pdprune.circuits.selection import MARGIN, Selected, say_unreachable
 from pdprune.errors import NonFiniteLossError, UserError

@@ -11,11 +11,12 @@ from typing import Any, get_args
 import torch
 from lightning import LightningDataModule, Trainer
 
+from pdprune.adversary.attack import Ascent
+from pdprune.adversary.game import Scope
+from pdprune.adversary.objective import MaskedLoss, ReferenceKind
+from pdprune.adversary.opponent import TrainingAdversary
 from pdprune.batches import Batch, as_batches
-from pdprune.circuits.adversary import Ascent, Scope
 from pdprune.circuits.circuit import Circuit
-from pdprune.circuits.objective import MaskedLoss, ReferenceKind
-from pdprune.circuits.opponent import TrainingAdversary
 from pdprune.circuits.pruning import CircuitPruner, Learning, Search
 from pdprune.circuits.schemes import Draws, SchemeName
 from pdprune.circuits.selection import Selection
@@ -74,7 +75,7 @@ def prune(
         loss: `kl`, `ce`, `mse`, or `(output, target_output, batch) -> [B]`; in nats.
         scheme: `adversarial`, `stochastic` or `complete`.
         reference: what ablated parts are replaced by: `zero`, `mean`, `position_mean` or `resample`.
-        scope: what one source is shared by; see `pdprune.circuits.adversary`.
+        scope: what one source is shared by; see `pdprune.adversary.game`.
         target_loss: find the smallest circuit whose loss under the scheme stays within this.
         target_nodes: find the best circuit of this many nodes.
         coefficient: or the circuit at this price of keeping everything, in the loss's unit.

@@ -16,15 +16,16 @@ from lightning import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
+from pdprune.adversary.attack import Ascent, attack
+from pdprune.adversary.game import Game, Scope
+from pdprune.adversary.objective import MaskedLoss, Reference, ReferenceKind, masked_losses
+from pdprune.adversary.opponent import Opponent, TrainingAdversary
 from pdprune.batches import as_batch, as_batches
-from pdprune.circuits.adversary import Ascent, Game, Scope, attack
 from pdprune.circuits.audit import Audit
 from pdprune.circuits.audit import audit as audit_circuit
 from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.exhaustive import can_be_exhaustive, select_exhaustively
 from pdprune.circuits.gates import GateMap, HardConcrete, Heaviside, LeakyHardSigmoid, Sparsity
-from pdprune.circuits.objective import MaskedLoss, Reference, ReferenceKind, masked_losses
-from pdprune.circuits.opponent import Opponent, TrainingAdversary
 from pdprune.circuits.predictions import prediction_records
 from pdprune.circuits.schemes import Draws, SchemeName, Scorer, scorer
 from pdprune.circuits.selection import (

@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pdprune.circuits.adversary import Ascent, Game, Scope, attack
-from pdprune.circuits.objective import MaskedLoss, by_size
+from pdprune.adversary.attack import Ascent, attack
+from pdprune.adversary.game import Game, Scope
+from pdprune.adversary.objective import MaskedLoss, by_size
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.seeding import generator
 

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from pdprune.adversary.attack import Ascent, attack
+from pdprune.adversary.game import Game
+from pdprune.adversary.objective import MaskedLoss
 from pdprune.batches import as_batch
-from pdprune.circuits.adversary import Ascent, Game, attack
 from pdprune.circuits.audit import Audit, as_gates, audit
 from pdprune.circuits.circuit import Circuit
-from pdprune.circuits.objective import MaskedLoss
 from pdprune.decomposition import DecomposedModel
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.seeding import generator

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pdprune.adversary.objective import MaskedLoss
 from pdprune.batches import as_batch
 from pdprune.circuits.exhaustive import can_be_exhaustive, select_exhaustively
-from pdprune.circuits.objective import MaskedLoss
 from pdprune.circuits.schemes import Draws
 from pdprune.circuits.selection import MARGIN
 from pdprune.decomposition import DecomposedModel

@@ -22,10 +22,10 @@ from circuits.networks import (
 )
 from circuits.small_networks import random_network
 
+from pdprune.adversary.objective import MaskedLoss
 from pdprune.batches import as_batch
 from pdprune.circuits.audit import audit
 from pdprune.circuits.circuit import Circuit
-from pdprune.circuits.objective import MaskedLoss
 from pdprune.circuits.prune import prune
 
 STEPS = 80

@@ -15,10 +15,10 @@ from circuits.small_networks import random_network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pdprune.circuits.adversary import Ascent
+from pdprune.adversary.attack import Ascent
+from pdprune.adversary.opponent import TrainingAdversary
 from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.gates import Sparsity
-from pdprune.circuits.opponent import TrainingAdversary
 from pdprune.circuits.prune import prune
 from pdprune.circuits.pruning import Learning
 from pdprune.circuits.schemes import Draws

@@ -13,8 +13,8 @@ from circuits.networks import Puzzle, cancelling_sets, redundant_routes, token_b
 from lightning import Callback, LightningDataModule, Trainer
 from torch import Tensor, nn
 
-from pdprune.circuits.adversary import Ascent
-from pdprune.circuits.opponent import TrainingAdversary
+from pdprune.adversary.attack import Ascent
+from pdprune.adversary.opponent import TrainingAdversary
 from pdprune.circuits.pruning import CircuitPruner, Learning
 from pdprune.decomposition import DecomposedModel
 from pdprune.errors import NonFiniteLossError, UserError

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pdprune.adversary.attack import Ascent, exact_attack
+from pdprune.adversary.game import Game
+from pdprune.adversary.objective import MaskedLoss, Reference, masked_losses
 from pdprune.batches import as_batch
-from pdprune.circuits.adversary import Ascent, Game, exact_attack
-from pdprune.circuits.objective import MaskedLoss, Reference, masked_losses
 from pdprune.circuits.schemes import AdversarialScorer, CompleteScorer, Draws, SchemeName, StochasticScorer, scorer
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.seeding import generator

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pdprune.circuits.adversary import Ascent, Climber, Game, attack
+from pdprune.adversary.attack import Ascent, Climber, attack
+from pdprune.adversary.game import Game
 from pdprune.errors import UserError
 from pdprune.seeding import generator
 

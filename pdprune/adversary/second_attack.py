@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pdprune.circuits.adversary import Ascent, Game, Worst, attack
+from pdprune.adversary.attack import Ascent, Worst, attack
+from pdprune.adversary.game import Game
 
 COORDINATE_LIMIT = 256
 """Coordinate ascent is left out above this many free entries: a pass over them is as many forward passes."""

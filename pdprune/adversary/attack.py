@@ -17,16 +17,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pdprune.circuits.objective import MaskedLoss
-from pdprune.errors import NonFiniteLossError, UserError
+from pdprune.adversary.game import Game
+from pdprune.errors import UserError
 
-Scope = Literal["batch", "universal", "position", "example", "example_position"]
 EXACT_LIMIT = 16
 """Exact search is refused above this many free entries: 2¹⁶ forward passes."""
 
@@ -58,99 +57,6 @@ class Ascent:
             raise UserError(f"ascent: step_size is {self.step_size}; expected more than 0")
         if self.optimizer not in ("sign", "adam", "momentum"):
             raise UserError(f"ascent: optimizer is {self.optimizer!r}; expected sign, adam or momentum")
-
-
-class Game:
-    """One circuit on some data, seen by the adversary: sources in, loss out.
-
-    Entries are the sources of the nodes and, behind them, of the sites' deltas: `[*lead, E]`, `E = n + n_sites`, with
-    the leading dimensions that the scope allows. Groups are what the adversary may choose for separately: the examples
-    in the scopes `example` and `example_position`, and everything together otherwise. G is their number.
-
-    Args:
-        losses: the batches that one source is for: one of them, or all of a data set under `universal`.
-        gates: `[n]`, or `[T, n]`, `[B, T, n]`, of each batch; 1 is kept.
-        scope: what one source is shared by (method.md, section 4).
-        max_ablated: how many nodes the adversary may ablate, summed over parts; None is any number. With it the
-            corner `s = 0` is projected, and nothing is claimed of complete ablation.
-    """
-
-    def __init__(
-        self,
-        losses: Sequence[MaskedLoss],
-        gates: Sequence[Float[Tensor, "*lead n"]],
-        scope: Scope = "batch",
-        max_ablated: int | None = None,
-    ) -> None:
-        if scope not in get_args(Scope):
-            raise UserError(f"scope: got {scope!r}; expected one of {', '.join(get_args(Scope))}")
-        if scope not in ("batch", "universal") and len(losses) > 1:
-            raise UserError(f"scope {scope!r}: one source cannot serve several batches; expected one batch at a time")
-        self.losses = losses
-        self.gates = gates
-        self.scope = scope
-        self.max_ablated = max_ablated
-        model = losses[0].model
-        self.n_nodes = model.n_nodes
-        self.lead = _lead_of(scope, losses[0])
-        self.separable = scope in ("example", "example_position")
-        self.n_groups = losses[0].size if self.separable else 1
-        self.free = self._free(model.delta_sites)
-
-    def _free(self, delta_sites: Bool[Tensor, " s"]) -> Bool[Tensor, "*lead E"]:
-        """Which entries the adversary may move: those of nodes not wholly kept, and of deltas that are not zero."""
-        nodes = torch.stack([_reduce_to(gates < 1, self.lead) for gates in self.gates]).any(0)
-        deltas = delta_sites.to(nodes.device).expand(*self.lead, -1)
-        return torch.cat([nodes, deltas], dim=-1)
-
-    def source(self, entries: Float[Tensor, "*lead E"]) -> Float[Tensor, "*lead n"]:
-        return entries[..., : self.n_nodes]
-
-    def delta_source(self, entries: Float[Tensor, "*lead E"]) -> Float[Tensor, "*lead s"]:
-        return entries[..., self.n_nodes :]
-
-    def loss(self, entries: Float[Tensor, "*lead E"]) -> Float[Tensor, " G"]:
-        """Each group's loss when the adversary plays `entries`."""
-        total = sum(loss.size for loss in self.losses)
-        groups = []
-        for loss, gates in zip(self.losses, self.gates, strict=True):
-            mask = gates + (1 - gates) * self.source(entries)
-            per_example = loss.per_example(mask, self.delta_source(entries))
-            # NaN compares false with everything: unnoticed, it would look like a source that does not hurt.
-            if not bool(torch.isfinite(per_example.detach()).all()):
-                raise NonFiniteLossError("loss: it is NaN or infinite with nodes ablated; expected finite numbers")
-            groups.append(per_example if self.separable else per_example.mean(0, keepdim=True) * (loss.size / total))
-        return groups[0] if len(groups) == 1 else torch.stack(groups).sum(0)
-
-    def loss_and_gradient(
-        self, entries: Float[Tensor, "*lead E"]
-    ) -> tuple[Float[Tensor, " G"], Float[Tensor, "*lead E"]]:
-        """The loss, and how it changes with every entry; groups do not touch one another."""
-        leaf = entries.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = self.loss(leaf)
-            (gradient,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True, materialize_grads=True)
-        return loss.detach(), gradient.masked_fill(~self.free, 0)
-
-    def project(self, entries: Float[Tensor, "*lead E"]) -> Float[Tensor, "*lead E"]:
-        """The nearest allowed source: in the box, 1 where nothing is free, within the budget of ablated nodes."""
-        boxed = entries.clamp(0, 1).masked_fill(~self.free, 1)
-        if self.max_ablated is None:
-            return boxed
-        source = _ablate_at_most(self.source(entries).masked_fill(~self.source(self.free), 1), self.max_ablated)
-        return torch.cat([source, self.delta_source(boxed)], dim=-1)
-
-    def corner(self, value: float) -> Float[Tensor, "*lead E"]:
-        return self.project(torch.full(self.free.shape, value, device=self.free.device))
-
-    def draw(self, rng: torch.Generator, *, coins: bool) -> Float[Tensor, "*lead E"]:
-        """A random source: uniform on [0,1], or fair coins."""
-        uniform = torch.rand(self.free.shape, generator=rng).to(self.free.device)
-        return self.project(uniform.round() if coins else uniform)
-
-    def grouped(self, entries: Tensor) -> Tensor:
-        """`[G, X]`: all entries of a group in one row."""
-        return entries.reshape(self.n_groups, -1)
 
 
 @dataclass
@@ -443,62 +349,6 @@ def _flipped(game: Game, entries: Tensor, flips: Bool[Tensor, "G X"]) -> Tensor:
     return game.project(torch.where(flips, 1 - grouped, grouped).reshape(entries.shape))
 
 
-def _ablate_at_most(source: Float[Tensor, "*lead n"], budget: int) -> Float[Tensor, "*lead n"]:
-    """Project onto `{s ∈ [0,1]ⁿ : Σ(1 − s) ≤ budget}` by bisection on the shift, as for a capped simplex."""
-    within = (1 - source.clamp(0, 1)).sum(-1, keepdim=True) <= budget
-    if bool(within.all()):
-        return source.clamp(0, 1)
-    low = torch.zeros(*source.shape[:-1], 1, device=source.device)
-    high = (1 - source.min(dim=-1, keepdim=True).values).clamp(min=0)
-    for _ in range(40):
-        middle = (low + high) / 2
-        over = (1 - (source + middle).clamp(0, 1)).sum(-1, keepdim=True) > budget
-        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
-    return torch.where(within, source, source + high).clamp(0, 1)
-
-
 def _within_budget(game: Game, entries: Tensor) -> bool:
     assert game.max_ablated is not None
     return bool(((1 - game.source(entries)).sum(-1) <= game.max_ablated + 1e-4).all())
-
-
-def _lead_of(scope: Scope, loss: MaskedLoss) -> tuple[int, ...]:
-    """The leading dimensions of a source (method.md, section 4)."""
-    if scope in ("batch", "universal"):
-        return ()
-    lead = loss.leading_shape
-    if len(lead) == 1:
-        if scope == "position":
-            raise UserError("scope 'position': the sites' inputs have no position dimension; expected [B, T, d]")
-        return lead
-    if len(lead) != 2:
-        raise UserError(f"scope {scope!r}: the sites' inputs have leading shape {list(lead)}; expected [B] or [B, T]")
-    batch, positions = lead
-    return {"position": (positions,), "example": (batch, 1), "example_position": (batch, positions)}[scope]
-
-
-def _reduce_to(free: Bool[Tensor, "*full n"], lead: tuple[int, ...]) -> Bool[Tensor, "*lead n"]:
-    """True where an entry that is shared as `lead` says has an effect anywhere."""
-    padded = free.reshape((1,) * (3 - free.ndim) + tuple(free.shape))
-    target = (1,) * (2 - len(lead)) + lead
-    if len(lead) == 1 and free.ndim == 2 and free.shape[0] not in (1, lead[0]):
-        raise UserError(f"keep: its shape {list(free.shape)} does not fit sources of shape {[*lead, free.shape[-1]]}")
-    for dim, size in enumerate(target):
-        if size == 1:
-            padded = padded.any(dim, keepdim=True)
-    return padded.expand(*target, -1).reshape(*lead, free.shape[-1])
-
-
-def per_batch(keep: Float[Tensor, "*lead n"], losses: Sequence[MaskedLoss]) -> list[Float[Tensor, "*lead n"]]:
-    """The gates of each batch: the same for all, or each batch's rows of one row an example, all examples in order.
-
-    Rows by example are `[B, T, n]`, or `[B, n]` in networks without positions.
-    """
-    if keep.ndim < 2 or keep.shape[0] == 1 or keep.ndim - 1 < len(losses[0].leading_shape):
-        return [keep] * len(losses)
-    sizes = [loss.size for loss in losses]
-    if keep.shape[0] != sum(sizes):
-        raise UserError(
-            f"keep: its shape is {list(keep.shape)}; expected {sum(sizes)} rows, one an example of all batches in order"
-        )
-    return list(keep.split(sizes))

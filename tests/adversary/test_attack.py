@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pdprune.adversary.attack import Ascent, Climber, Worst, attack, exact_attack
+from pdprune.adversary.game import Game, Scope, per_batch
+from pdprune.adversary.objective import MaskedLoss
 from pdprune.batches import as_batch
-from pdprune.circuits.adversary import Ascent, Climber, Game, Scope, Worst, attack, exact_attack, per_batch
-from pdprune.circuits.objective import MaskedLoss
 from pdprune.errors import UserError
 from pdprune.seeding import generator
 

@@ -10,10 +10,10 @@ from circuits.networks import by_neuron, cancelling_sets
 from circuits.small_networks import random_network
 from torch import Tensor
 
+from pdprune.adversary.game import Game
+from pdprune.adversary.objective import MaskedLoss
+from pdprune.adversary.opponent import Opponent, TrainingAdversary
 from pdprune.batches import as_batch
-from pdprune.circuits.adversary import Game
-from pdprune.circuits.objective import MaskedLoss
-from pdprune.circuits.opponent import Opponent, TrainingAdversary
 from pdprune.errors import UserError
 from pdprune.seeding import generator
 
