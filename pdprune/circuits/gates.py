@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pdprune.decomposition.importances import lower_leaky, upper_leaky
+
 Parameters = Float[Tensor, "*lead n"]
 Gates = Float[Tensor, "*lead n"]
 
@@ -53,11 +55,10 @@ class LeakyHardSigmoid:
         return torch.full(shape, self.start)
 
     def gates(self, theta: Parameters, rng: torch.Generator | None = None) -> Gates:
-        gates: Tensor = _LowerLeaky.apply(theta, self.leak)
-        return gates
+        return lower_leaky(theta, self.leak)
 
     def presence(self, theta: Parameters) -> Gates:
-        return torch.where(theta > 1, 1 + self.leak * (theta - 1), theta.clamp(min=0))
+        return upper_leaky(theta, self.leak)
 
     def bounds(self) -> tuple[float, float]:
         return -0.05, 1.05
@@ -143,21 +144,6 @@ class Sparsity:
 
 
 _OFFSET = 1e-3
-
-
-class _LowerLeaky(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, theta: Tensor, leak: float) -> Tensor:
-        ctx.save_for_backward(theta)
-        ctx.leak = leak  # type: ignore[attr-defined]
-        return theta.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        (theta,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        (grad,) = grads
-        below = ctx.leak * grad.clamp(max=0)  # type: ignore[attr-defined]
-        return torch.where(theta < 0, below, torch.where(theta > 1, 0, grad)), None
 
 
 class _Heaviside(torch.autograd.Function):
