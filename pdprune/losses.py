@@ -82,7 +82,7 @@ def ce(output: Tensor, target_output: Tensor, batch: Batch) -> Float[Tensor, " B
 
 def mse(output: Tensor, target_output: Tensor, batch: Batch) -> Float[Tensor, " B"]:
     """Mean squared distance from the target's output, over the last dimension and the scored positions."""
-    if batch.positions is None:
+    if batch.positions is None and (batch.attention_mask is None or output.ndim != 3):
         return (output.float() - target_output.float()).reshape(batch.size, -1).square().mean(-1)
     scored = scored_positions(output, batch)
     return scored.mean_by_example((scored.rows(output) - scored.rows(target_output)).square().mean(-1), batch.size)

@@ -124,23 +124,36 @@ class AdversarialScorer:
     seed: int = 0
     pool_size: int = 6
     _asked: int = 0
+    _unablated: list[float] = field(default_factory=list)
     _pools: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def score(self, keep: Float[Tensor, "*lead n"], stop_above: float | None = None) -> float:
-        found: list[float] = []
         self._asked += 1
         games = self._games(keep)
+        sizes = [sum(loss.size for loss in game.losses) for game in games]
+        found = list(self._floors(games))
         for index, game in enumerate(games):
+            others = sum(s * f for i, (s, f) in enumerate(zip(sizes, found, strict=True)) if i != index)
             worst = attack(
                 game,
                 self.ascent,
                 generator(self.seed, "select-attack", self._asked, index),
                 pool=self._remembered(index, game),
-                stop_above=stop_above if len(games) == 1 else None,
+                stop_above=None if stop_above is None else (stop_above * sum(sizes) - others) / sizes[index],
             )
             self._remember(index, game, worst.entries)
-            found.append(worst.loss)
-        return found[0] if len(games) == 1 else by_size(self.losses, found)
+            found[index] = worst.loss
+            mean = sum(s * f for s, f in zip(sizes, found, strict=True)) / sum(sizes)
+            if stop_above is not None and mean > stop_above:
+                break
+        return mean
+
+    def _floors(self, games: Sequence[Game]) -> Sequence[float]:
+        """The loss of each game with nothing ablated, whatever the circuit: what its worst case is at least."""
+        if not self._unablated:
+            with torch.no_grad():
+                self._unablated = [float(game.loss(game.corner(1.0)).mean()) for game in games]
+        return self._unablated
 
     def _games(self, keep: Tensor) -> list[Game]:
         if self.scope == "universal":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 MARGIN = 0.9
 """Selection aims at this share of the target loss, since its data and its attack are not the audit's."""
+
+CONFIRMATIONS = 4
+"""Attacks, each from other starts, that the chosen circuit must withstand."""
 
 SCANNED_SIZES = 128
 """Sizes that are tried first where the loss need not fall with size."""
@@ -105,7 +109,7 @@ def select_for_loss(
     if floor > target_loss and scheme == "adversarial":
         say_unreachable(target_loss, floor)
         return Selected(everything.bool(), floor, False)
-    threshold = max(MARGIN * target_loss, min(floor, target_loss))
+    threshold = MARGIN * target_loss if floor <= MARGIN * target_loss else target_loss
     counter = _Counter(scorer, threshold, report)
     if scheme == "adversarial":
         keep = _bisect(ranking, counter)
@@ -116,7 +120,8 @@ def select_for_loss(
         grown = _grow(keep, cast(SmoothScorer, scorer), counter, selection.swap_scores)
         if grown is not None:
             keep = _drop_singles_and_pairs(grown, ranking, counter, selection.budget(int(grown.sum())))
-    keep, loss = _confirm(keep, ranking, scorer, target_loss)
+    attempts = CONFIRMATIONS if scheme == "adversarial" else 1
+    keep, loss = _confirm(keep, ranking, scorer, threshold, attempts)
     return Selected(keep.bool(), loss, loss <= target_loss)
 
 
@@ -181,16 +186,34 @@ def _bisect(ranking: Float[Tensor, "*lead n"], counter: _Counter) -> Float[Tenso
 
 
 def _confirm(
-    keep: Float[Tensor, "*lead n"], ranking: Float[Tensor, "*lead n"], scorer: Scorer, target_loss: float
+    keep: Float[Tensor, "*lead n"],
+    ranking: Float[Tensor, "*lead n"],
+    scorer: Scorer,
+    threshold: float,
+    attempts: int,
 ) -> tuple[Float[Tensor, "*lead n"], float]:
-    """Score the choice once more, by a scorer that has seen many attacks since; take nodes back while it fails."""
+    """Score the choice some more times and take nodes back while it fails.
+
+    The adversarial scorer restarts elsewhere each time: of many circuits that were each attacked once, the smallest
+    that passed is likely one whose attack was unlucky.
+    """
     taken_back = 1
-    while (loss := scorer.score(keep)) > target_loss and not bool(keep.all()):
+    while (loss := _highest(keep, scorer, threshold, attempts)) > threshold and not bool(keep.all()):
         missing = _missing(ranking, keep)
         keep = keep.clone()
         keep.view(-1)[missing[:taken_back]] = 1
         taken_back *= 2
     return keep, loss
+
+
+def _highest(keep: Float[Tensor, "*lead n"], scorer: Scorer, threshold: float, attempts: int) -> float:
+    """The highest of several scores, or the first one above the threshold."""
+    loss = -math.inf
+    for _ in range(attempts):
+        loss = max(loss, scorer.score(keep, stop_above=threshold))
+        if loss > threshold:
+            break
+    return loss
 
 
 def _scan(ranking: Float[Tensor, "*lead n"], counter: _Counter) -> Float[Tensor, "*lead n"]:

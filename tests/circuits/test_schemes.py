@@ -104,6 +104,29 @@ def test_one_source_for_all_batches_hurts_no_more_than_one_each() -> None:
     assert one_for_all <= one_each + 1e-5
 
 
+@given(seed=SEEDS, share=st.floats(0, 1.5))
+@few
+def test_stopping_early_changes_no_verdict(seed: int, share: float) -> None:
+    losses, keep = losses_of(seed)
+    score = make("adversarial", losses).score(keep)
+    stopped = make("adversarial", losses).score(keep, stop_above=share * score)
+    assert stopped <= score and (stopped > share * score) == (score > share * score)
+
+
+def test_the_second_batch_is_not_attacked_where_the_first_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, keep = losses_of(1)
+    attacked: list[MaskedLoss] = []
+    original = Game.loss_and_gradient
+
+    def counting(game: Game, entries: Tensor) -> tuple[Tensor, Tensor]:
+        attacked.extend(game.losses)
+        return original(game, entries)
+
+    monkeypatch.setattr(Game, "loss_and_gradient", counting)
+    make("adversarial", losses).score(keep, stop_above=1e-6)
+    assert losses[1] not in attacked
+
+
 def test_what_hurt_before_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool shows a circuit that lacks one node more to be bad without any climb."""
     puzzle = cancelling_sets(3)
