@@ -143,12 +143,13 @@ def _nodes(
         name, c = next((name, c) for name, size in sizes.items() for c in range(size) if (name, c) not in owner)
         raise UserError(f"component {c} of site {name!r} is in no node: every component belongs to exactly one")
     if labels is None:
-        labels = [_label(group) for group in groups]
+        labels = [default_label(group) for group in groups]
     return [
         Node(tuple((name, int(c)) for name, c in group), label) for group, label in zip(groups, labels, strict=True)
     ]
 
 
-def _label(group: Sequence[tuple[str, int]]) -> str:
+def default_label(group: Sequence[tuple[str, int]]) -> str:
+    """What a node of these components is called unless it is given a name."""
     name, c = group[0]
     return f"{name}:{c}" if len(group) == 1 else f"{name}:{c} and {len(group) - 1} more"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,9 @@ from pdprune.decomposition.building import Node, build
 from pdprune.decomposition.folding import SiteMask, fold, masked_per_token, terms_added
 from pdprune.decomposition.sites import EMBEDDING, Site, at_least_float32
 from pdprune.errors import UserError
+
+if TYPE_CHECKING:
+    from pdprune.decomposition.importances import CausalImportances
 
 
 class DecomposedModel(nn.Module):
@@ -39,6 +42,7 @@ class DecomposedModel(nn.Module):
         recipe: how the components follow from the weights, where they do ("svd"); None if they were given. Last bits
             of a singular value decomposition differ between machines and numbers of threads, so the fingerprint is
             then that of the recipe and the weights.
+        importances: functions that say how much each component matters on an input, where they were learned.
     """
 
     delta_sites: Bool[Tensor, " n_sites"]
@@ -50,6 +54,7 @@ class DecomposedModel(nn.Module):
         self.target = target
         self.target_name = type(target).__name__
         self.recipe: str | None = None
+        self.importances: CausalImportances | None = None
         self.site_list = nn.ModuleList(sites)
         self.sites = {site.name: site for site in sites}
         self.site_names = list(self.sites)
@@ -114,7 +119,7 @@ class DecomposedModel(nn.Module):
     @property
     def target_sha256(self) -> str:
         """A fingerprint of the target: the names and tensors of its state. Reads every tensor."""
-        return _sha256({name: value for name, value in self.target.state_dict().items() if isinstance(value, Tensor)})
+        return fingerprint(self.target)
 
     @property
     def decomposition_sha256(self) -> str:
@@ -282,6 +287,11 @@ class DecomposedModel(nn.Module):
                 module.training = True
             for module, name, value in options:
                 setattr(module, name, value)
+
+
+def fingerprint(target: nn.Module) -> str:
+    """SHA-256 of the names and tensors of a network's state."""
+    return _sha256({name: value for name, value in target.state_dict().items() if isinstance(value, Tensor)})
 
 
 def _join(path: str, name: str) -> str:
