@@ -1,42 +1,75 @@
-"""Targets on disk: a folder with `model.safetensors`, whose header also holds the sizes of the network.
+"""Targets on disk: a folder with `model.safetensors`, whose header says which network it is and of what sizes.
 
 Beside it, a shipped target has `config.yaml` (the run that made it) and its model card, `card.json` and `card.md`.
 Nothing is ever unpickled.
 """
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdprune.errors import UserError
 from pdprune.files import write_atomically
 from pdprune.targets.tokenizer import AsciiTokenizer
+from pdprune.targets.toys import (
+    TMS,
+    InductionConfig,
+    InductionTransformer,
+    ResidualMLP,
+    ResidualMLPConfig,
+    TMSConfig,
+)
 from pdprune.targets.transformer import Transformer, TransformerConfig
 
 SHIPPED = Path(__file__).parent / "shipped"
 """Folder of the targets that come with the package, one folder each."""
 WEIGHTS = "model.safetensors"
-HEADER_KEY = "pdprune_transformer"
-"""Key of the safetensors header under which the network's sizes stand, as JSON."""
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    @property
+    def pad_id(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Iterable[int]) -> str: ...
 
 
 class Target(NamedTuple):
     """A trained network with what is needed to feed it."""
 
-    module: Transformer
-    """The network, in eval mode, asking for no gradients."""
-    tokenizer: AsciiTokenizer
-    """Text to token ids and back."""
+    module: nn.Module
+    """The network, in eval mode, asking for no gradients. One that we know has its sizes in `config`."""
+    tokenizer: Tokenizer | None
+    """Text to token ids and back; None for a network that reads no text."""
     name: str
     """Its folder's name."""
-    max_length: int
-    """Longest input, in tokens."""
+    max_length: int | None
+    """Longest input, in tokens; None for a network that reads no sequences."""
+
+
+class Architecture(NamedTuple):
+    """A kind of network that can be stored."""
+
+    module: Callable[[Any], nn.Module]
+    config: Callable[..., Any]
+    tokenizer: type[AsciiTokenizer] | None = None
+
+
+ARCHITECTURES = {
+    "pdprune_transformer": Architecture(Transformer, TransformerConfig, AsciiTokenizer),
+    "pdprune_tms": Architecture(TMS, TMSConfig),
+    "pdprune_residual_mlp": Architecture(ResidualMLP, ResidualMLPConfig),
+    "pdprune_induction": Architecture(InductionTransformer, InductionConfig),
+}
+"""By the key of the safetensors header under which the network's sizes stand, as JSON."""
 
 
 def shipped_targets() -> list[str]:
@@ -56,34 +89,41 @@ def load_target(name_or_folder: str | Path) -> Target:
         raise UserError(
             f"target {str(name_or_folder)!r}: no file {path}, expected one of {names}, or a folder with {WEIGHTS}"
         )
-    config, state = _read(path)
-    module = Transformer(config)
+    architecture, config, state = _read(path)
+    with torch.random.fork_rng(devices=[]):  # what a module draws when it is made is about to be replaced
+        module = architecture.module(config)
     _check(path, module.state_dict(), state)
     module.load_state_dict(state)
     module.eval().requires_grad_(False)
-    return Target(module, AsciiTokenizer(), folder.resolve().name, config.max_length)
+    tokenizer = architecture.tokenizer() if architecture.tokenizer else None
+    return Target(module, tokenizer, folder.resolve().name, getattr(config, "max_length", None))
 
 
-def save_target(network: Transformer, folder: Path) -> None:
-    """Write the network as `folder/model.safetensors`, for `load_target`."""
+def save_target(network: nn.Module, folder: Path) -> None:
+    """Write a network of one of the known architectures as `folder/model.safetensors`, for `load_target`."""
+    key = next(key for key, architecture in ARCHITECTURES.items() if type(network) is architecture.module)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    header = {HEADER_KEY: json.dumps(asdict(network.config))}
+    header = {key: json.dumps(asdict(cast(Any, network.config)))}
     write_atomically(folder / WEIGHTS, save(state, metadata=header))
 
 
-def _read(path: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
+def _read(path: Path) -> tuple[Architecture, Any, dict[str, Tensor]]:
+    """What is stored: the kind of network, its sizes and its parameters."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(HEADER_KEY)
+            header = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"target {path}: not a readable safetensors file ({error}), expected a target's weights"
         ) from None
+    key = next((key for key in ARCHITECTURES if key in header), None)
+    if key is None:
+        raise UserError(f"target {path}: its header names no network, expected one of {', '.join(ARCHITECTURES)}")
     try:
-        return TransformerConfig(**json.loads(header or "")), state
+        return ARCHITECTURES[key], ARCHITECTURES[key].config(**json.loads(header[key])), state
     except (ValueError, TypeError) as error:
-        raise UserError(f"target {path}: no usable sizes under {HEADER_KEY!r} in its header ({error})") from None
+        raise UserError(f"target {path}: no usable sizes under {key!r} in its header ({error})") from None
 
 
 def _check(path: Path, expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:

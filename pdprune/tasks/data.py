@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T position, K choices of an answer.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from pdprune.batches import IGNORED_LABEL, UNUSED
 from pdprune.errors import UserError
 from pdprune.loaders import FixedLoader, StepLoader
 from pdprune.seeding import generator
-from pdprune.targets.store import Target, load_target
+from pdprune.targets.store import Target, Tokenizer, load_target
 from pdprune.tasks.prompts import Example, Prompt, Split, TaskFile, Window, read_task
 
 TaskBatch = dict[str, Any]
@@ -152,43 +153,47 @@ class TaskData(LightningDataModule):
 def encode(file: TaskFile, target: Target, max_length: int | None = None) -> TaskBatch:
     """All examples of a task file as one batch.
 
-    Raises `UserError`, naming file and line, for a character outside the vocabulary, an answer that is not one token,
+    Raises `UserError` for a target that reads no text, and, naming file and line, for a character outside the
+    vocabulary, an answer that is not one token,
     and a prompt that is empty or longer than `max_length` tokens (by default, and at most, what the target reads).
     """
-    limit = min(max_length or target.max_length, target.max_length)
+    tokenizer = target.tokenizer
+    if tokenizer is None:
+        raise UserError(f"target {target.name} reads no text, expected one with a tokenizer")
+    limit = min(max_length or math.inf, target.max_length or math.inf)
     rows = []
     for index, example in enumerate(file.examples):
         try:
-            rows.append(_encode_example(example, target, limit))
+            rows.append(_encode_example(example, target.name, tokenizer, limit))
         except UserError as error:
             raise UserError(f"{file.where(index)}: {error}") from None
     if isinstance(file.examples[0], Window):
         labels = {"labels": _pad([ids[1:] for ids, _ in rows], IGNORED_LABEL)}
-        return {"inputs": _inputs([ids[:-1] for ids, _ in rows], target.tokenizer.pad_id), **labels}
+        return {"inputs": _inputs([ids[:-1] for ids, _ in rows], tokenizer.pad_id), **labels}
     choices = _pad([choices for _, choices in rows], UNUSED)
     return {
-        "inputs": _inputs([ids for ids, _ in rows], target.tokenizer.pad_id),
+        "inputs": _inputs([ids for ids, _ in rows], tokenizer.pad_id),
         "labels": choices[:, 0].clone(),
         "positions": torch.tensor([len(ids) - 1 for ids, _ in rows]),
         "choices": choices,
     }
 
 
-def _encode_example(example: Example, target: Target, limit: int) -> tuple[list[int], list[int]]:
+def _encode_example(example: Example, target: str, tokenizer: Tokenizer, limit: float) -> tuple[list[int], list[int]]:
     """Token ids of the text, and of the answer followed by the wrong ones (none for running text)."""
-    ids = target.tokenizer.encode(example.text)
+    ids = tokenizer.encode(example.text)
     shortest, n_read = (1, len(ids)) if isinstance(example, Prompt) else (2, len(ids) - 1)
     if len(ids) < shortest:
         raise UserError(f"text of {len(ids)} tokens, expected at least {shortest}")
     if n_read > limit:
-        raise UserError(f"prompt of {n_read} tokens, expected at most {limit} for target {target.name}")
+        raise UserError(f"prompt of {n_read} tokens, expected at most {limit} for target {target}")
     if isinstance(example, Window):
         return ids, []
-    return ids, [_one_token(text, target) for text in (example.answer, *example.wrong)]
+    return ids, [_one_token(text, tokenizer) for text in (example.answer, *example.wrong)]
 
 
-def _one_token(text: str, target: Target) -> int:
-    ids = target.tokenizer.encode(text)
+def _one_token(text: str, tokenizer: Tokenizer) -> int:
+    ids = tokenizer.encode(text)
     if len(ids) != 1:
         raise UserError(f"answer {text!r} has {len(ids)} tokens, expected one")
     return ids[0]

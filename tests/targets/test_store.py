@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from pdprune.errors import UserError
 from pdprune.targets import Transformer, TransformerConfig, load_target, save_target, shipped_targets
 from pdprune.targets.export import card_text, export, task_scores
-from pdprune.targets.store import HEADER_KEY, SHIPPED, WEIGHTS
+from pdprune.targets.store import SHIPPED, WEIGHTS
 from pdprune.targets.training import matrices_of
 from pdprune.tasks import TaskData, shipped_tasks
 
@@ -100,8 +100,8 @@ def test_a_saved_target_comes_back(folder: Path) -> None:
         ({"norm.weight": None}, r"norm\.weight is missing"),
         ({"extra.weight": torch.zeros(1)}, r"extra\.weight is not a parameter"),
         ({"header": {}}, "header"),
-        ({"header": {HEADER_KEY: '{"n_heads": 3, "d_model": 8}'}}, "n_heads"),
-        ({"header": {HEADER_KEY: '{"n_legs": 3}'}}, "n_legs"),
+        ({"header": {"pdprune_transformer": '{"n_heads": 3, "d_model": 8}'}}, "n_heads"),
+        ({"header": {"pdprune_transformer": '{"n_legs": 3}'}}, "n_legs"),
     ],
 )
 def test_damaged_weights_are_refused_by_name(folder: Path, changed: dict, named: str) -> None:
