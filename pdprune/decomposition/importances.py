@@ -26,9 +26,9 @@ from pdprune.errors import UserError
 from pdprune.seeding import generator
 
 ImportanceKind = Literal["component_mlp", "site_mlp", "shared_mlp", "transformer"]
+Sigmoid = Literal["hard", "normal", "swish_hard"]
 
 LEAK = 0.01
-ROPE_BASE = 10_000.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class ImportanceSettings:
         d_model: width of the transformer.
         n_blocks: its blocks.
         n_heads: its attention heads; a head's width must be even.
+        rope_base: how slowly its rotary positions turn.
+        sigmoid: what takes values into [0,1] before the hard sigmoid does: `hard`, nothing; `normal`, the logistic
+            function; `swish_hard`, a smooth form of the hard one. For reading what others learned with them.
     """
 
     kind: ImportanceKind = "shared_mlp"
@@ -50,12 +53,16 @@ class ImportanceSettings:
     d_model: int = 64
     n_blocks: int = 2
     n_heads: int = 4
+    rope_base: float = 10_000.0
+    sigmoid: Sigmoid = "hard"
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ImportanceKind):
             raise UserError(
                 f"importances: kind is {self.kind!r}; expected one of {', '.join(get_args(ImportanceKind))}"
             )
+        if self.sigmoid not in get_args(Sigmoid):
+            raise UserError(f"importances: sigmoid is {self.sigmoid!r}; expected one of {', '.join(get_args(Sigmoid))}")
         sizes = {"d_model": self.d_model, "n_blocks": self.n_blocks, "n_heads": self.n_heads}
         sizes |= {f"hidden[{index}]": width for index, width in enumerate(self.hidden)}
         for name, size in sizes.items():
@@ -100,8 +107,10 @@ class CausalImportances(nn.Module):
         """
         read = {name: self._reads(site, inputs[name]) for name, site in self._sites.items()}
         if self.transformer is not None:
-            return self.transformer(read)
-        return {name: self.functions[dashed(name)](x) for name, x in read.items()}
+            values = self.transformer(read)
+        else:
+            values = {name: self.functions[dashed(name)](x) for name, x in read.items()}
+        return {name: squashed(value, self.settings.sigmoid) for name, value in values.items()}
 
     def _function(self, site: Site, rng: torch.Generator) -> Mlp:
         n_components, hidden = site.n_components, self.settings.hidden
@@ -187,7 +196,7 @@ class ImportanceTransformer(nn.Module):
         d_model = settings.d_model
         hidden = settings.hidden or [4 * d_model]
         self.projector = Affine(sum(d_in for d_in, _ in widths.values()), d_model, None, math.sqrt(2), rng)
-        self.blocks = nn.ModuleList(Block(d_model, settings.n_heads, hidden, rng) for _ in range(settings.n_blocks))
+        self.blocks = nn.ModuleList(Block(settings, hidden, rng) for _ in range(settings.n_blocks))
         self.head = Affine(d_model, sum(self.sizes), None, 1.0, rng)
 
     def forward(self, read: Mapping[str, Float[Tensor, "*lead I"]]) -> dict[str, Float[Tensor, "*lead C"]]:
@@ -205,10 +214,10 @@ class ImportanceTransformer(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP; each reads the normalised stream and adds to it."""
 
-    def __init__(self, d_model: int, n_heads: int, hidden: list[int], rng: torch.Generator) -> None:
+    def __init__(self, settings: ImportanceSettings, hidden: list[int], rng: torch.Generator) -> None:
         super().__init__()
-        self.attn = Attention(d_model, n_heads, rng)
-        self.mlp = _layers([d_model, *hidden, d_model], None, rng)
+        self.attn = Attention(settings.d_model, settings.n_heads, settings.rope_base, rng)
+        self.mlp = _layers([settings.d_model, *hidden, settings.d_model], None, rng)
 
     def forward(self, x: Float[Tensor, "*lead T D"]) -> Float[Tensor, "*lead T D"]:
         """The stream after this block."""
@@ -219,9 +228,10 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Bidirectional multi-head self-attention with rotary positions (halves rotated; Su et al. 2021)."""
 
-    def __init__(self, d_model: int, n_heads: int, rng: torch.Generator) -> None:
+    def __init__(self, d_model: int, n_heads: int, rope_base: float, rng: torch.Generator) -> None:
         super().__init__()
         self.n_heads = n_heads
+        self.rope_base = rope_base
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (_projection(d_model, rng) for _ in range(4))
 
     def forward(self, x: Float[Tensor, "*lead T D"]) -> Float[Tensor, "*lead T D"]:
@@ -230,7 +240,7 @@ class Attention(nn.Module):
             projection(x).unflatten(-1, (self.n_heads, -1)).transpose(-3, -2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = F.scaled_dot_product_attention(_rotated(q), _rotated(k), v)
+        y = F.scaled_dot_product_attention(_rotated(q, self.rope_base), _rotated(k, self.rope_base), v)
         return self.out_proj(y.transpose(-3, -2).flatten(-2))
 
 
@@ -243,6 +253,17 @@ def lower_leaky(x: Float[Tensor, "*shape"], leak: float = LEAK) -> Float[Tensor,
 def upper_leaky(x: Float[Tensor, "*shape"], leak: float = LEAK) -> Float[Tensor, "*shape"]:
     """`clamp(x, 0, 1)`, with slope `leak` above 1 (SPD)."""
     return torch.where(x > 1, 1 + leak * (x - 1), x.clamp(min=0))
+
+
+def squashed(x: Float[Tensor, "*shape"], sigmoid: Sigmoid) -> Float[Tensor, "*shape"]:
+    """Values on which the hard sigmoid does what another one does to `x`."""
+    match sigmoid:
+        case "hard":
+            return x
+        case "normal":
+            return torch.sigmoid(x)
+        case "swish_hard":  # SPD's, of steepness 10; a hard sigmoid with swishes for its two corners
+            return 1 - x + x * torch.sigmoid(10 * x) - (1 - x) * torch.sigmoid(10 * (1 - x))
 
 
 def node_importances(
@@ -304,10 +325,10 @@ def _projection(d_model: int, rng: torch.Generator) -> nn.Linear:
     return projection
 
 
-def _rotated(x: Float[Tensor, "*lead T K"]) -> Float[Tensor, "*lead T K"]:
+def _rotated(x: Float[Tensor, "*lead T K"], base: float) -> Float[Tensor, "*lead T K"]:
     """Each pair `(x[i], x[i + K/2])` turned by its position times a frequency of its own."""
     length, width = x.shape[-2:]
-    frequency = ROPE_BASE ** (-torch.arange(0, width, 2, device=x.device).float() / width)
+    frequency = base ** (-torch.arange(0, width, 2, device=x.device).float() / width)
     angle = torch.outer(torch.arange(length, device=x.device).float(), frequency)
     first, second = x.chunk(2, dim=-1)
     cos, sin = angle.cos(), angle.sin()
