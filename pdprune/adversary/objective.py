@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pdprune.batches import Batch, first_tensor, output_of, to_device
 from pdprune.decomposition import DecomposedModel, mean_reference, resample_reference
+from pdprune.decomposition.model import Observed
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.losses import LossFunction, loss_function
 from pdprune.seeding import generator
@@ -64,7 +65,7 @@ class Reference:
 class MaskedLoss:
     """The loss of one batch under masks, against the unablated target on that batch.
 
-    The target runs once, here; each call runs the masked model.
+    The target runs once, here, unless it was already observed on these inputs; each call runs the masked model.
     """
 
     def __init__(
@@ -73,13 +74,16 @@ class MaskedLoss:
         batch: Batch,
         loss: str | LossFunction = "kl",
         reference: ReferenceInputs | None = None,
+        observed: Observed | None = None,
     ) -> None:
         self.model = model
         self.batch: Batch = to_device(batch, model.delta_sites.device)
         self.reference = reference
         self._loss: Callable[[Tensor, Tensor, Batch], Tensor] = loss_function(loss)
+        self._observed = observed
         with torch.no_grad():
-            self.target_output = output_of(model(self.batch.inputs)).detach()
+            output = model(self.batch.inputs) if observed is None else observed.output
+            self.target_output = output_of(output).detach()
         if not bool(torch.isfinite(self.target_output).all()):
             raise NonFiniteLossError("target: its output on a batch is NaN or infinite; expected finite numbers")
 
@@ -90,20 +94,28 @@ class MaskedLoss:
     @cached_property
     def leading_shape(self) -> tuple[int, ...]:
         """The dimensions before the last of what the sites read: `(B, T)`, or `(B,)` in networks without positions."""
-        with torch.no_grad():
-            read = self.model.site_inputs(self.batch.inputs).values()
+        read = (self._observed or self.model.observe(self.batch.inputs)).site_inputs.values()
         return max((x.shape[:-1] if x.is_floating_point() else x.shape for x in read), key=len)
 
     def output(
-        self, mask: Float[Tensor, "*lead n"] | None, delta_mask: Float[Tensor, "*lead s"] | None = None
+        self,
+        mask: Float[Tensor, "*lead n"] | None,
+        delta_mask: Float[Tensor, "*lead s"] | None = None,
+        sites: Collection[str] | None = None,
     ) -> Tensor:
-        return output_of(self.model(self.batch.inputs, mask, delta_mask, self.reference))
+        return output_of(self.model(self.batch.inputs, mask, delta_mask, self.reference, sites))
 
     def per_example(
-        self, mask: Float[Tensor, "*lead n"] | None, delta_mask: Float[Tensor, "*lead s"] | None = None
+        self,
+        mask: Float[Tensor, "*lead n"] | None,
+        delta_mask: Float[Tensor, "*lead s"] | None = None,
+        sites: Collection[str] | None = None,
     ) -> Float[Tensor, " B"]:
-        """Each example's loss under a mask: `[n]`, or any shape that broadcasts (method.md, section 4)."""
-        return self._loss(self.output(mask, delta_mask), self.target_output, self.batch)
+        """Each example's loss under a mask: `[n]`, or any shape that broadcasts (method.md, section 4).
+
+        With `sites` only those are masked.
+        """
+        return self._loss(self.output(mask, delta_mask, sites), self.target_output, self.batch)
 
 
 def masked_losses(

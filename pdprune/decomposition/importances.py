@@ -289,11 +289,10 @@ def importance_mask(model: DecomposedModel, inputs: Any) -> Float[Tensor, "*lead
     Raises:
         UserError: the model has no causal importances.
     """
-    importances = getattr(model, "importances", None)
-    if not isinstance(importances, CausalImportances):
+    if model.importances is None:
         raise UserError("decomposition: it has no causal importances; load or learn one that has")
     with torch.no_grad():
-        return node_importances(importances(model.site_inputs(inputs)), model)
+        return node_importances(model.importances(model.site_inputs(inputs)), model)
 
 
 def activations(site: Site, x: Tensor) -> Float[Tensor, "*lead C"]:

@@ -8,9 +8,9 @@ The formulas are those of Bushnaq et al. 2025 (SPD, arXiv 2506.20790) with a del
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +23,14 @@ from pdprune.errors import UserError
 
 if TYPE_CHECKING:
     from pdprune.decomposition.importances import CausalImportances
+
+
+class Observed(NamedTuple):
+    """One unablated run of a target."""
+
+    output: Any
+    site_inputs: dict[str, Tensor]
+    """What each site read: `[*lead, I]`, or ids `[*lead]` at an embedding."""
 
 
 class DecomposedModel(nn.Module):
@@ -145,6 +153,7 @@ class DecomposedModel(nn.Module):
         mask: Tensor | None = None,
         delta_mask: Tensor | None = None,
         reference: Mapping[str, Tensor] | None = None,
+        sites: Collection[str] | None = None,
     ) -> Any:
         """The target's own output, whatever its type, under masks. Gradients flow to `mask` and `delta_mask`.
 
@@ -158,6 +167,7 @@ class DecomposedModel(nn.Module):
             reference: by site, the input `x̄` that ablated components see instead of their own; None is zero.
                 `[I]`: one for all tokens; `[T, I]`: one per position; `[B, T, I]`: one per token. At an embedding
                 frequencies of the ids, `[vocab]` or `[T, vocab]`, or ids `[B, T]`.
+            sites: only these are masked, whatever the masks say of the others; None is all of them.
 
         Raises:
             UserError: a mask or reference that does not fit the nodes or some site's input.
@@ -175,6 +185,8 @@ class DecomposedModel(nn.Module):
             raise UserError(f"reference {fault} site {name!r}: expected one entry a site")
         shared = _is_shared(mask) and _is_shared(delta_mask)
         site_masks = self._site_masks(mask, delta_mask, reference, shared)
+        if sites is not None:
+            site_masks = [at for at in site_masks if at.site.name in sites]
         parameters = self._frozen_parameters()
         with self._at_rest():
             if not site_masks:
@@ -197,21 +209,7 @@ class DecomposedModel(nn.Module):
         Raises:
             UserError: a site that the target does not call.
         """
-        args, kwargs = _call_arguments(inputs)
-        calls: dict[str, list[Tensor]] = {name: [] for name in self.sites}
-        handles = []
-        try:
-            for name, module in zip(self.sites, self._site_modules, strict=True):
-                handles.append(module.register_forward_hook(_recorder(calls[name]), with_kwargs=True))
-            with torch.no_grad(), self._at_rest():
-                self.target(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name, tensors in calls.items():
-            if not tensors:
-                raise UserError(f"site {name!r} is never called in a forward pass: what it reads cannot be seen")
-        return calls
+        return self._recorded_run(inputs)[1]
 
     def site_inputs(self, inputs: Any) -> dict[str, Tensor]:
         """What each site reads on an unablated run: `[*lead, I]`, or ids `[*lead]` at an embedding.
@@ -219,13 +217,39 @@ class DecomposedModel(nn.Module):
         Raises:
             UserError: a site that the target calls several times, or not at all.
         """
-        calls = self.site_calls(inputs)
+        return self.observe(inputs).site_inputs
+
+    def observe(self, inputs: Any) -> Observed:
+        """The target's output and what each site reads, from one unablated run, without gradients.
+
+        Raises:
+            UserError: a site that the target calls several times, or not at all.
+        """
+        output, calls = self._recorded_run(inputs)
         for name, tensors in calls.items():
             if len(tensors) > 1:
                 raise UserError(
                     f"site {name!r} is called {len(tensors)} times in a forward pass: it has no single input"
                 )
-        return {name: tensors[0] for name, tensors in calls.items()}
+        return Observed(output, {name: tensors[0] for name, tensors in calls.items()})
+
+    def _recorded_run(self, inputs: Any) -> tuple[Any, dict[str, list[Tensor]]]:
+        """The output of an unablated run, and what each site reads in it, one tensor a call."""
+        args, kwargs = _call_arguments(inputs)
+        calls: dict[str, list[Tensor]] = {name: [] for name in self.sites}
+        handles = []
+        try:
+            for name, module in zip(self.sites, self._site_modules, strict=True):
+                handles.append(module.register_forward_hook(_recorder(calls[name]), with_kwargs=True))
+            with torch.no_grad(), self._at_rest():
+                output = self.target(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, tensors in calls.items():
+            if not tensors:
+                raise UserError(f"site {name!r} is never called in a forward pass: what it reads cannot be seen")
+        return output, calls
 
     def _site_masks(
         self, mask: Tensor | None, delta_mask: Tensor | None, reference: Mapping[str, Tensor] | None, shared: bool

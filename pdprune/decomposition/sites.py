@@ -161,8 +161,8 @@ class Site(nn.Module):
                 change = U.t() * k if V is None else U.t() @ (V * k).t()
             else:
                 change = U * k[:, None] if V is None else (V * k) @ U
-        if k_delta is not None and self._delta is not None:
-            delta = at_least_float32(self._delta if self.kind.stores_out_in else self._delta.t())
+        if k_delta is not None and self.has_delta:
+            delta = at_least_float32(self.delta if self.kind.stores_out_in else self.delta.t())
             change = delta * k_delta if change is None else torch.addcmul(change, delta, k_delta)
         return change
 
@@ -199,8 +199,8 @@ class Site(nn.Module):
                     change = change - (reference.to(U.dtype) * k) @ U
                 elif reference is not None:
                     change = change - _scaled_rows(U, reference, k)
-        if k_delta is not None and self._delta is not None:
-            from_delta = self._read(at_least_float32(self._delta).t(), x, reference) * k_delta
+        if k_delta is not None and self.has_delta:
+            from_delta = self._read(at_least_float32(self.delta).t(), x, reference) * k_delta
             change = from_delta if change is None else change + from_delta
         return change
 

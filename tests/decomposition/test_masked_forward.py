@@ -275,3 +275,29 @@ def test_the_folded_forward_is_one_graph_to_the_compiler() -> None:
     mask = torch.full((model.n_nodes,), 0.5).double()
     compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids, mask), model(ids, mask))
+
+
+def test_masks_can_be_kept_to_some_sites() -> None:
+    """The others are as if their masks were one, which costs nothing."""
+    torch.manual_seed(0)
+    target = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    model = DecomposedModel.from_components(
+        target, {"0": (torch.randn(4, 2), torch.randn(2, 6)), "2": (torch.randn(6, 3), torch.randn(3, 3))}
+    )
+    x, mask, delta_mask = torch.randn(5, 4), torch.rand(5, 5), torch.rand(5, 2)
+    elsewhere, delta_elsewhere = mask.clone(), delta_mask.clone()
+    elsewhere[:, :2], delta_elsewhere[:, 0] = 1, 1
+    assert torch.allclose(model(x, mask, delta_mask, sites=["2"]), model(x, elsewhere, delta_elsewhere))
+    assert torch.equal(model(x, mask, delta_mask, sites=[]), target(x))
+
+
+def test_one_run_gives_the_output_and_what_the_sites_read() -> None:
+    torch.manual_seed(0)
+    target = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    model = DecomposedModel.from_components(target, {"2": (torch.randn(6, 3), torch.randn(3, 3))})
+    x, runs = torch.randn(5, 4), []
+    target[0].register_forward_hook(lambda *_: runs.append(1))
+    observed = model.observe(x)
+    assert len(runs) == 1
+    assert torch.equal(observed.output, target(x))
+    assert torch.equal(observed.site_inputs["2"], torch.relu(target[0](x)))
