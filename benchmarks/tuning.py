@@ -48,6 +48,8 @@ CELLS: dict[str, dict[str, Any]] = {
     "leaky hard, Σg^p, 8 fresh steps": {"adversary": replace(FRESH, steps=8, step_size=0.25)},
     "leaky hard, Σg^p, 2 persistent steps": {"adversary": replace(FRESH, mode="persistent", steps=2, step_size=0.2)},
     "leaky hard, Σg^p, 4 fresh steps, 3 times as long": {"times": 3},
+    "hard concrete, L0, 4 fresh steps, 3 times as long": {"learning": HARD_CONCRETE, "times": 3},
+    "Heaviside, L0, 4 fresh steps, 3 times as long": {"learning": HEAVISIDE, "times": 3},
 }
 
 
