@@ -5,6 +5,7 @@ from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.prune import prune
 from pdprune.circuits.pruning import CircuitPruner
 from pdprune.decomposition import DecomposedModel, Node, decompose
+from pdprune.decomposition.checkpoints import load_decomposition
 from pdprune.decomposition.settings import Decomposition
 from pdprune.errors import NonFiniteLossError, UserError
 
@@ -19,5 +20,6 @@ __all__ = [
     "UserError",
     "audit",
     "decompose",
+    "load_decomposition",
     "prune",
 ]
