@@ -16,6 +16,11 @@ from pdprune.errors import UserError
 
 Basis = Literal["svd", "neuron", "head"]
 
+READ_BY_ALL_HEADS = frozenset({"q", "q_proj", "query", "k", "k_proj", "key", "v", "v_proj", "value"}) | frozenset(
+    {"c_attn", "in_proj", "qkv", "qkv_proj", "query_key_value", "Wqkv"}
+)
+"""Last names of modules that make queries, keys or values, apart or fused."""
+
 
 def decompose(
     target: nn.Module, sites: Sequence[str] | str, basis: Basis, n_heads: int | None = None
@@ -29,7 +34,8 @@ def decompose(
         basis: `"svd"`: `min(I, O)` components a site, largest singular value first, a node each. `"neuron"`: a
             component and node for each input column of the site, that is for each neuron that the site reads.
             `"head"`: the same components, the columns of one attention head forming one node; for the output
-            projections of attention.
+            projections of attention (with grouped queries, a head is a query's). Other parts of a network whose names
+            say what they are, and fused queries, keys and values, have no columns that belong to a head.
         n_heads: for `"head"`; by default from `target.config` (`n_heads`, `num_attention_heads` or `n_head`).
 
     Raises:
@@ -50,6 +56,7 @@ def decompose(
             n_heads = n_heads if n_heads is not None else _configured_heads(target)
             nodes, labels = [], []
             for name, (_, U) in columns.items():
+                _require_output_of_heads(name, target)
                 width = _head_width(name, modules[name], U.shape[0], n_heads)
                 for head in range(n_heads):
                     nodes.append([(name, c) for c in range(head * width, (head + 1) * width)])
@@ -111,6 +118,22 @@ def _configured_heads(target: nn.Module) -> int:
         if isinstance(n_heads, int):
             return n_heads
     raise UserError("basis 'head' needs n_heads: the target has no config with n_heads, num_attention_heads or n_head")
+
+
+def _require_output_of_heads(name: str, target: nn.Module) -> None:
+    """Refuse a site whose input columns are known to belong to no head: they would divide all the same."""
+    *path, last = name.split(".")
+    is_hugging_face = hasattr(getattr(target, "config", None), "model_type")
+    if last in READ_BY_ALL_HEADS:
+        reads = "the residual stream, as a whole for every head"
+    elif "mlp" in path or (is_hugging_face and not any("att" in part for part in path)):
+        reads = "something else than the outputs of attention"
+    else:
+        return
+    raise UserError(
+        f"site {name!r} reads {reads}: basis 'head' is for output projections of attention only; name those alone "
+        "(such as '*.attn.c_proj', '*.o_proj', '*.attention.dense'), or take basis 'svd' or 'neuron'"
+    )
 
 
 def _head_width(name: str, module: nn.Module, n_columns: int, n_heads: int) -> int:

@@ -70,7 +70,7 @@ def model_card(folder: Path) -> dict[str, Any]:
         "corpus": corpus.describe(),
         "held_out_loss": mean_loss(target.module, corpus.val_dataloader()),
         "held_out_bytes": HELD_OUT_BATCHES * corpus.batch_size * corpus.window,
-        "tasks": {task: task_scores(TaskData(task, str(folder))) for task in shipped_tasks()},
+        "tasks": {task: task_scores(target.module, TaskData(task, str(folder))) for task in shipped_tasks()},
     }
 
 
@@ -81,11 +81,11 @@ def mean_loss(network: nn.Module, batches: FixedLoader) -> float:
 
 
 @torch.no_grad()
-def task_scores(data: TaskData) -> dict[str, float]:
+def task_scores(network: nn.Module, data: TaskData) -> dict[str, float]:
     """The target's scores on the held-out split: cross-entropy among the choices in nats, accuracy; and the sizes."""
     scores: list[tuple[Tensor, Tensor]] = []
     for raw in data.held_out_batches():
-        scores.append(task_loss_and_accuracy(data.target.module(**raw["inputs"]), as_batch(raw)))
+        scores.append(task_loss_and_accuracy(network(**raw["inputs"]), as_batch(raw)))
     ce, accuracy = (torch.cat(parts).mean().item() for parts in zip(*scores, strict=True))
     counts = {name: count for name, count in data.describe().items() if name.startswith("n_")}
     return {"ce": ce, "accuracy": accuracy, **counts}

@@ -1,14 +1,15 @@
 """Targets on disk: a folder with `model.safetensors`, whose header says which network it is and of what sizes.
 
 Beside it, a shipped target has `config.yaml` (the run that made it) and its model card, `card.json` and `card.md`.
+A folder with `config.json` is a causal language model of the Hugging Face kind (`huggingface.py`).
 Nothing is ever unpickled.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from pdprune.errors import UserError
 from pdprune.files import write_atomically
+from pdprune.targets.huggingface import hugging_face_reader, is_hugging_face, load_hugging_face
+from pdprune.targets.reader import Reader, Tokenizer
 from pdprune.targets.tokenizer import AsciiTokenizer
 from pdprune.targets.toys import (
     TMS,
@@ -33,15 +36,6 @@ SHIPPED = Path(__file__).parent / "shipped"
 WEIGHTS = "model.safetensors"
 
 
-class Tokenizer(Protocol):
-    """Text to token ids and back."""
-
-    @property
-    def pad_id(self) -> int: ...
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Iterable[int]) -> str: ...
-
-
 class Target(NamedTuple):
     """A trained network with what is needed to feed it."""
 
@@ -52,7 +46,7 @@ class Target(NamedTuple):
     name: str
     """Its folder's name."""
     max_length: int | None
-    """Longest input, in tokens; None for a network that reads no sequences."""
+    """Longest input, in tokens; None where there is no limit, and for a network that reads no sequences."""
 
 
 class Architecture(NamedTuple):
@@ -78,11 +72,13 @@ def shipped_targets() -> list[str]:
 
 
 def load_target(name_or_folder: str | Path) -> Target:
-    """A shipped target by its name, or any target by its folder.
+    """A shipped target by its name, or any target by its folder: one of ours, or a Hugging Face model's.
 
     Raises `UserError` for an unknown name, and for weights that are missing, damaged, of the wrong shape or not finite.
     """
-    folder = SHIPPED / name_or_folder if str(name_or_folder) in shipped_targets() else Path(name_or_folder)
+    folder = _folder(name_or_folder)
+    if is_hugging_face(folder):
+        return Target(load_hugging_face(folder), *hugging_face_reader(folder))
     path = folder / WEIGHTS
     if not path.is_file():
         names = ", ".join(shipped_targets())
@@ -99,12 +95,28 @@ def load_target(name_or_folder: str | Path) -> Target:
     return Target(module, tokenizer, folder.resolve().name, getattr(config, "max_length", None))
 
 
+def load_reader(name_or_folder: str | Path) -> Reader:
+    """What it takes to feed a target. The weights of a Hugging Face model, which may be large, are not read for it.
+
+    Raises `UserError` as `load_target` does.
+    """
+    folder = _folder(name_or_folder)
+    if is_hugging_face(folder):
+        return hugging_face_reader(folder)
+    target = load_target(name_or_folder)
+    return Reader(target.tokenizer, target.name, target.max_length)
+
+
 def save_target(network: nn.Module, folder: Path) -> None:
     """Write a network of one of the known architectures as `folder/model.safetensors`, for `load_target`."""
     key = next(key for key, architecture in ARCHITECTURES.items() if type(network) is architecture.module)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     header = {key: json.dumps(asdict(cast(Any, network.config)))}
     write_atomically(folder / WEIGHTS, save(state, metadata=header))
+
+
+def _folder(name_or_folder: str | Path) -> Path:
+    return SHIPPED / name_or_folder if str(name_or_folder) in shipped_targets() else Path(name_or_folder)
 
 
 def _read(path: Path) -> tuple[Architecture, Any, dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """The tokenizer of the shipped targets: one ASCII character, one token."""
 
 from collections.abc import Iterable
+from typing import Literal
 
 from pdprune.errors import UserError
 
@@ -16,6 +17,7 @@ class AsciiTokenizer:
 
     vocab_size = VOCAB_SIZE
     pad_id = PAD_ID
+    padding_side: Literal["left", "right"] = "right"
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`. Raises `UserError` for a character outside ASCII."""
@@ -26,6 +28,10 @@ class AsciiTokenizer:
             raise UserError(
                 f"character {character!r} at offset {error.start} of {text!r} is outside the vocabulary, expected ASCII"
             ) from None
+
+    def encode_after(self, prompt: str, text: str) -> list[int]:
+        """Token ids of `text` where it goes on from a prompt: the same as anywhere. Raises as `encode`."""
+        return self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids."""

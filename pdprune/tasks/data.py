@@ -16,13 +16,14 @@ from pdprune.batches import IGNORED_LABEL, UNUSED
 from pdprune.errors import UserError
 from pdprune.loaders import FixedLoader, StepLoader
 from pdprune.seeding import generator
-from pdprune.targets.store import Target, Tokenizer, load_target
+from pdprune.targets.reader import Reader, Tokenizer
+from pdprune.targets.store import load_reader
 from pdprune.tasks.prompts import Example, Prompt, Split, TaskFile, Window, read_task
 
 TaskBatch = dict[str, Any]
-"""`inputs`: `input_ids` and `attention_mask`, `Int[B, T]`, padded on the right. For prompts `labels: Int[B]`,
-`positions: Int[B]` (the last token of each prompt), `choices: Int[B, K]` (the answer and the wrong ones, -1 unused).
-For text `labels: Int[B, T]` (-100 at padding), every position scored."""
+"""`inputs`: `input_ids` and `attention_mask`, `Int[B, T]`, padded on the right, or on the left if the tokenizer
+says so. For prompts `labels: Int[B]`, `positions: Int[B]` (the last token of each prompt), `choices: Int[B, K]` (the
+answer and the wrong ones, -1 unused). For text `labels: Int[B, T]` (-100 at padding), every position scored."""
 
 
 class TaskData(LightningDataModule):
@@ -36,7 +37,7 @@ class TaskData(LightningDataModule):
 
     Args:
         task: name of a shipped task, or path of a JSONL file (`pdprune.tasks.prompts` says what is in it).
-        target: name of a shipped target, or folder of one.
+        target: name of a shipped target, or folder of one, also of a Hugging Face model.
         max_length: refuse prompts of more tokens; the target's own limit if not given.
         batch_size: prompts per training step, over all ranks together.
         audit_batch_size: prompts per batch of the other two splits; the audit's adversary makes one choice per batch.
@@ -67,7 +68,7 @@ class TaskData(LightningDataModule):
                 raise UserError(f"task {task}: {name} is {value}, expected at least 1")
         self.file = read_task(task, seed)
         self.name = self.file.name
-        self.target = load_target(target)
+        self.target = load_reader(target)
         self.audit_batch_size = audit_batch_size
         self.seed = seed
         encoded = encode(self.file, self.target, max_length)
@@ -150,12 +151,12 @@ class TaskData(LightningDataModule):
         return [_take(self._splits[split], part) for part in everything.split(self.audit_batch_size)]
 
 
-def encode(file: TaskFile, target: Target, max_length: int | None = None) -> TaskBatch:
+def encode(file: TaskFile, target: Reader, max_length: int | None = None) -> TaskBatch:
     """All examples of a task file as one batch.
 
-    Raises `UserError` for a target that reads no text, and, naming file and line, for a character outside the
-    vocabulary, an answer that is not one token,
-    and a prompt that is empty or longer than `max_length` tokens (by default, and at most, what the target reads).
+    Raises `UserError` for a target that reads no text, and, naming file and line, for what is outside the vocabulary,
+    an answer that is not one token or the same as a wrong one, and a prompt that is empty or longer than `max_length`
+    tokens (by default, and at most, what the target reads).
     """
     tokenizer = target.tokenizer
     if tokenizer is None:
@@ -168,13 +169,16 @@ def encode(file: TaskFile, target: Target, max_length: int | None = None) -> Tas
         except UserError as error:
             raise UserError(f"{file.where(index)}: {error}") from None
     if isinstance(file.examples[0], Window):
-        labels = {"labels": _pad([ids[1:] for ids, _ in rows], IGNORED_LABEL)}
-        return {"inputs": _inputs([ids[:-1] for ids, _ in rows], tokenizer.pad_id), **labels}
-    choices = _pad([choices for _, choices in rows], UNUSED)
+        labels = _pad([ids[1:] for ids, _ in rows], IGNORED_LABEL, tokenizer.padding_side)
+        return {"inputs": _inputs([ids[:-1] for ids, _ in rows], tokenizer), "labels": labels}
+    inputs, choices = _inputs([ids for ids, _ in rows], tokenizer), _pad([choices for _, choices in rows], UNUSED)
+    length = inputs["input_ids"].shape[1]
     return {
-        "inputs": _inputs([ids for ids, _ in rows], tokenizer.pad_id),
+        "inputs": inputs,
         "labels": choices[:, 0].clone(),
-        "positions": torch.tensor([len(ids) - 1 for ids, _ in rows]),
+        "positions": torch.tensor(
+            [len(ids) - 1 if tokenizer.padding_side == "right" else length - 1 for ids, _ in rows]
+        ),
         "choices": choices,
     }
 
@@ -189,23 +193,48 @@ def _encode_example(example: Example, target: str, tokenizer: Tokenizer, limit: 
         raise UserError(f"prompt of {n_read} tokens, expected at most {limit} for target {target}")
     if isinstance(example, Window):
         return ids, []
-    return ids, [_one_token(text, tokenizer) for text in (example.answer, *example.wrong)]
+    answer, *wrong = (_one_token(example.text, text, tokenizer) for text in (example.answer, *example.wrong))
+    if answer in wrong:
+        same = example.wrong[wrong.index(answer)]
+        raise UserError(f"answer {example.answer!r} and wrong {same!r} are the same token, expected different ones")
+    return ids, [answer, *wrong]
 
 
-def _one_token(text: str, tokenizer: Tokenizer) -> int:
-    ids = tokenizer.encode(text)
+def _one_token(prompt: str, text: str, tokenizer: Tokenizer) -> int:
+    """The token by which an answer goes on from a prompt."""
+    ids = tokenizer.encode_after(prompt, text)
     if len(ids) != 1:
-        raise UserError(f"answer {text!r} has {len(ids)} tokens, expected one")
+        tokens = f" ({', '.join(repr(tokenizer.decode([token])) for token in ids)})" if ids else ""
+        hint = _space_matters(prompt, text, tokenizer)
+        raise UserError(f"answer {text!r} has {len(ids)} tokens{tokens}, expected one{hint}")
     return ids[0]
 
 
-def _inputs(rows: list[list[int]], pad_id: int) -> dict[str, Int[Tensor, "B T"]]:
-    return {"input_ids": _pad(rows, pad_id), "attention_mask": _pad([[1] * len(ids) for ids in rows], 0)}
+def _space_matters(prompt: str, text: str, tokenizer: Tokenizer) -> str:
+    """What to say where an answer would be one token with a space before it, or without the one that is there."""
+    other, how = (
+        (text[1:], "without its leading space") if text.startswith(" ") else (f" {text}", "with a leading space")
+    )
+    try:
+        is_one = bool(text) and len(tokenizer.encode_after(prompt, other)) == 1
+    except UserError:
+        return ""
+    return f"; {other!r}, {how}, is one" if is_one else ""
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int) -> Int[Tensor, "B T"]:
+def _inputs(rows: list[list[int]], tokenizer: Tokenizer) -> dict[str, Int[Tensor, "B T"]]:
+    side = tokenizer.padding_side
+    return {
+        "input_ids": _pad(rows, tokenizer.pad_id, side),
+        "attention_mask": _pad([[1] * len(ids) for ids in rows], 0, side),
+    }
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Int[Tensor, "B T"]:
     length = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+    padding = [[value] * (length - len(row)) for row in rows]
+    parts = zip(rows, padding, strict=True) if side == "right" else zip(padding, rows, strict=True)
+    return torch.tensor([[*first, *second] for first, second in parts])
 
 
 def _take(batch: TaskBatch, chosen: Int[Tensor, " b"]) -> TaskBatch:

@@ -55,7 +55,7 @@ def test_a_shipped_target_is_ready_to_be_explained(name: str) -> None:
 @pytest.mark.parametrize("name", ["dense-py", "sparse-py"])
 @pytest.mark.parametrize("task", shipped_tasks())
 def test_scores_are_those_of_the_card(name: str, task: str) -> None:
-    promised, got = card_of(name)["tasks"][task], task_scores(TaskData(task, name))
+    promised, got = card_of(name)["tasks"][task], task_scores(load_target(name).module, TaskData(task, name))
     assert got == pytest.approx(promised, abs=0.005)
 
 
