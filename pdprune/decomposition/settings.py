@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pdprune.decomposition.bases import Basis, decompose
+from pdprune.decomposition.checkpoints import load_decomposition
 from pdprune.decomposition.model import DecomposedModel
+from pdprune.errors import UserError
 from pdprune.targets import load_target
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Which target is explained, and how it is written as a sum of components."""
+    """Which target is explained, and how it is written as a sum of components: in a basis, or as learned before."""
 
-    target: str
-    """A shipped target, `dense-py` or `sparse-py`, or the folder of one (see `pdprune.targets.load_target`)."""
-    sites: list[str]
-    """Patterns of the module paths that are decomposed, e.g. `*.mlp.down`."""
-    basis: Basis = "neuron"
-    """`svd`, `neuron` (one component per input column) or `head` (columns grouped by head)."""
+    target: str | None = None
+    """A shipped target, `dense-py` or `sparse-py`, or the folder of one (see `pdprune.targets.load_target`); with
+    `path`, by default what is told there."""
+    sites: list[str] = field(default_factory=list)
+    """Patterns of the module paths that are decomposed, e.g. `*.mlp.down`; not with `path`."""
+    basis: Basis | None = None
+    """`svd`, `neuron` (one component per input column; the default) or `head` (columns grouped by head); not with
+    `path`."""
     n_heads: int | None = None
     """For `head`; by default what the target's config says."""
+    path: str | None = None
+    """A saved decomposition or an SPD run folder (see `pdprune.load_decomposition`), instead of a basis."""
 
     def load(self) -> DecomposedModel:
-        """Load the target and decompose it.
+        """Load the target and decompose it, or load the decomposition.
 
         Raises:
-            UserError: for an unknown target, or a pattern that matches nothing.
+            UserError: for an unknown target, a pattern that matches nothing, a decomposition that cannot be read, or
+                both a basis and a path.
         """
+        if self.path is not None:
+            if self.sites or self.basis is not None or self.n_heads is not None:
+                raise UserError(
+                    f"decomposition: path {self.path!r} has sites and components of its own; expected no sites, basis "
+                    "or n_heads beside it"
+                )
+            return load_decomposition(self.path, self.target)
+        if self.target is None:
+            raise UserError("decomposition: got neither target nor path; expected a target, or a saved decomposition")
         target = load_target(self.target)
-        model = decompose(target.module.requires_grad_(False), self.sites, self.basis, self.n_heads)
+        model = decompose(target.module.requires_grad_(False), self.sites, self.basis or "neuron", self.n_heads)
         model.target_name = target.name
         return model

@@ -21,6 +21,7 @@ from pdprune.decomposition.sites import require_kind, weight_of
 from pdprune.errors import UserError
 from pdprune.targets import load_target
 from pdprune.targets.known import KNOWN, known_network
+from pdprune.targets.store import SHIPPED
 
 IN_RUN_FOLDER = "decomposition"
 """Where our own runs put what they learned."""
@@ -36,8 +37,9 @@ def load_decomposition(
     """Load a decomposition: one that pdprune saved, or the run folder of SPD (github.com/goodfire-ai/spd).
 
     Args:
-        path: a folder that `save_decomposition` wrote, or a run folder with such a folder in it; an SPD run folder, of
-            which the newest `model_<step>.pth` is read, or one such file.
+        path: a folder that `save_decomposition` wrote, or a run folder with such a folder in it, or a shipped target
+            that comes with one, by its name; an SPD run folder, of which the newest `model_<step>.pth` is read, or one
+            such file.
         target: the network that was decomposed. For our own format by default what the file says. The weights of an SPD
             run are in its checkpoint, and are **loaded into the module that is given here**; instead of a module: the
             name of a class that we know (`TMSModel`, `ResidualMLP`, `GPT2Simple`, `LlamaSimpleMLP`, `LlamaSimple`), by
@@ -54,7 +56,7 @@ def load_decomposition(
         UserError: a file that is missing, damaged or of no known format; a parameter, component or function that is
             missing, unknown or of a wrong shape; a target that is not the one that was decomposed.
     """
-    path = Path(path)
+    path = SHIPPED / path if (SHIPPED / path / IN_RUN_FOLDER).is_dir() else Path(path)
     if not path.exists():
         raise UserError(f"decomposition {path}: there is no such folder; expected a saved decomposition or an SPD run")
     for folder in (path, path / IN_RUN_FOLDER):
