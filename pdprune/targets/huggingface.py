@@ -126,7 +126,7 @@ def _config(folder: Path) -> Any:
             f"target {folder}: {CONFIG} has model_type {model_type!r}, which transformers "
             f"{transformers.__version__} does not know; expected one that it does: code in the folder is never run"
         )
-    causal, saved_as = _causal_models().get(model_type), stored.get("architectures")
+    causal, saved_as = _causal_models().get(str(model_type)), stored.get("architectures")
     if causal is None or (saved_as and causal not in saved_as):
         holds = saved_as[0] if saved_as else model_type
         here = f", here a {causal}" if causal else ""

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from targets.tiny_models import FAMILIES, OUTPUT_PROJECTIONS, VOCAB, save_model
+from targets.tiny_models import FAMILIES, OUTPUT_PROJECTIONS, VOCAB, save_byte_level, save_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
@@ -122,6 +124,16 @@ def test_a_padded_prompt_is_answered_like_the_prompt_alone(folders: Path, family
             alone = model(IDS[i : i + 1, :length], mask).logits[0]
             close(logits[i, :length] if side == "right" else logits[i, -length:], alone)
     assert torch.isfinite(logits).all()
+
+
+def test_a_model_that_takes_no_positions_is_padded_on_the_right(tmp_path: Path) -> None:
+    save_byte_level(tmp_path, padding_side="left")
+    BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=8, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    assert load_reader(tmp_path).tokenizer.padding_side == "right"
+    model = decompose(load_target(tmp_path).module, "*", "svd")
+    mask, batch = torch.rand(model.n_nodes), padded("right", 0)
+    for i, length in enumerate(LENGTHS):
+        close(model(batch, mask).logits[i, :length], model(IDS[i : i + 1, :length], mask).logits[0])
 
 
 def test_positions_that_are_given_are_left_alone(folders: Path) -> None:
