@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pdprune.targets.toy_data import FIRST_WORD, InductionSequences, single_features
+from pdprune.targets.toy_data import InductionSequences, single_features
 from pdprune.targets.toys import TMS, InductionTransformer, ResidualMLP, Toy
 
 NORM_SHARE = 0.75
-"""A feature of a `TMS` is represented if its hidden vector is at least so long, relative to the median one."""
+"""A feature of a `TMS` is represented if its hidden vector is at least so long, relative to the longest one."""
 LOSS_SHARE = 0.5
 """A feature of a `ResidualMLP` is represented if the MLPs leave at most this share of the loss without them."""
 ACCURACY = 0.9
@@ -63,7 +63,8 @@ class Representation:
         """For the terminal."""
         n, n_there = len(self.is_represented), int(self.is_represented.sum())
         measured = ", ".join(f"{name} {v.min():.3g} to {v.max():.3g}" for name, v in self.measures.items())
-        gap = "" if self.is_complete else f"; missing: {', '.join(map(str, self.missing))}"
+        named = ", ".join(map(str, self.missing[:8])) + (", ..." if len(self.missing) > 8 else "")
+        gap = "" if self.is_complete else f"; missing: {named}"
         return f"Represents {n_there} of {n} features ({measured}){gap}. Asked for: {self.criterion}."
 
 
@@ -89,9 +90,9 @@ def _of_tms(network: TMS) -> Representation:
     outputs = network(single_features(network.config.n_features))
     own = outputs.diagonal()
     return Representation(
-        f"a hidden vector of at least {NORM_SHARE} times the median length, and, alone at 0.75, the largest output",
+        f"a hidden vector of at least {NORM_SHARE} times the greatest length, and, alone at 0.75, the largest output",
         {"length of the hidden vector": norms, "own output": own, "largest other output": _largest_other(outputs)},
-        (norms >= NORM_SHARE * norms.median()) & (own > _largest_other(outputs)),
+        (norms >= NORM_SHARE * norms.max()) & (own > _largest_other(outputs)),
     )
 
 
@@ -113,16 +114,21 @@ def _of_residual_mlp(network: ResidualMLP) -> Representation:
 
 @_representation.register
 def _of_induction(network: InductionTransformer) -> Representation:
-    sizes = network.config
-    n_words = sizes.vocab_size - FIRST_WORD
-    data = InductionSequences(sizes.vocab_size, sizes.max_length, audit_batch_size=SEQUENCES_PER_WORD * n_words)
+    n_words = network.config.vocab_size - 1
+    data = InductionSequences(
+        network.config.vocab_size, network.config.max_length, audit_batch_size=SEQUENCES_PER_WORD * n_words
+    )
     batch = data.batch("held_out", 0)
-    is_right = network(**batch["inputs"])[:, -1].argmax(-1) == batch["labels"]
-    words = batch["labels"] - FIRST_WORD
-    accuracy = torch.bincount(words, is_right.double(), n_words) / torch.bincount(words, minlength=n_words)
+    ids_BT, words = batch["inputs"]["input_ids"], batch["labels"] - 1
+    counts = torch.bincount(words, minlength=n_words)
+    is_right = network(ids_BT)[:, -1].argmax(-1) == batch["labels"]
+    accuracy = torch.bincount(words, is_right.double(), n_words) / counts
+    place = (ids_BT[:, :-1] == ids_BT[:, -1:]).int().argmax(1)
+    to_word_BH = network.patterns(ids_BT)[-1][torch.arange(len(ids_BT)), :, -1, place + 1]
+    attention = torch.bincount(words, to_word_BH.max(dim=1).values.double(), n_words) / counts
     return Representation(
         f"answered rightly in at least {ACCURACY:.0%} of the sequences",
-        {"accuracy": accuracy},
+        {"accuracy": accuracy, "attention that the last layer pays to it": attention},
         accuracy >= ACCURACY,
     )
 

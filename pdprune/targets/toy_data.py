@@ -19,11 +19,7 @@ Split = Literal["train", "select", "held_out"]
 SparsityName = Literal["at_least_zero_active", "exactly_one_active", "exactly_two_active"]
 
 BOS = 0
-"""Token id that every sequence begins with."""
-SIGNAL = 1
-"""Token id `s` of `s m ... s -> m`."""
-FIRST_WORD = 2
-"""The least id of the tokens that everything else is made of."""
+"""Token id that every induction sequence begins with. All others are words."""
 
 
 class DrawnData(LightningDataModule):
@@ -151,14 +147,14 @@ class SparseFeatures(DrawnData):
 
 
 class InductionSequences(DrawnData):
-    """Sequences `BOS ... s m ... s`, to be continued with `m`.
+    """Sequences of random words `BOS ... s m ... s`, to be continued with `m`.
 
     `{"inputs": {"input_ids": Int[B, T]}, "labels": Int[B], "positions": Int[B]}`; only the last position is scored.
-    Words, `m` among them, are drawn anew at every place, so that nothing but the pair tells the answer. The token `s`
-    is always `SIGNAL`.
+    Nothing but the place after the only other `s` tells the answer. Unlike in SPD's data, `s` is any word, another
+    one in every sequence, so that no head can know beforehand what to look for.
 
     Args:
-        vocab_size: as many token ids as the network reads: the words, `BOS` and `SIGNAL`.
+        vocab_size: as many token ids as the network reads: the words and `BOS`.
         length: tokens of a sequence.
         batch_size, audit_batch_size, audit_batches, steps_per_epoch, seed: as for `DrawnData`.
     """
@@ -167,15 +163,17 @@ class InductionSequences(DrawnData):
         self,
         vocab_size: int,
         length: int,
-        batch_size: int = 256,
+        batch_size: int = 128,
         audit_batch_size: int = 1024,
         audit_batches: int = 4,
         steps_per_epoch: int = 500,
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, audit_batch_size, audit_batches, steps_per_epoch, seed)
-        if vocab_size < FIRST_WORD + 2:
-            raise UserError(f"induction sequences: vocab_size is {vocab_size}, expected at least {FIRST_WORD + 2}")
+        if vocab_size < 4:
+            raise UserError(
+                f"induction sequences: vocab_size is {vocab_size}, expected at least 4: three words and BOS"
+            )
         if length < 4:
             raise UserError(f"induction sequences: length is {length}, expected at least 4: BOS s m s")
         self.vocab_size = vocab_size
@@ -183,11 +181,13 @@ class InductionSequences(DrawnData):
 
     def draw(self, size: int, draws: torch.Generator) -> dict[str, Any]:
         """So many sequences, the pair anywhere between `BOS` and the last token."""
-        ids_BT = torch.randint(FIRST_WORD, self.vocab_size, (size, self.length), generator=draws)
+        s_B1 = torch.randint(1, self.vocab_size, (size, 1), generator=draws)
+        others_BT = torch.randint(1, self.vocab_size - 1, (size, self.length), generator=draws)
+        ids_BT = others_BT + (others_BT >= s_B1)  # any word but s
         place_B1 = torch.randint(1, self.length - 2, (size, 1), generator=draws)
         ids_BT[:, 0] = BOS
-        ids_BT[:, -1] = SIGNAL
-        ids_BT.scatter_(1, place_B1, SIGNAL)
+        ids_BT[:, -1:] = s_B1
+        ids_BT.scatter_(1, place_B1, s_B1)
         return {
             "inputs": {"input_ids": ids_BT},
             "labels": ids_BT.gather(1, place_B1 + 1).squeeze(1),

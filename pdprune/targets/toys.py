@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from pdprune.errors import UserError
 
 ActivationName = Literal["relu", "gelu"]
-EmbeddingName = Literal["random", "orthonormal"]
 
 
 def _require_at_least(network: str, least: int, **sizes: int) -> None:
@@ -127,21 +126,20 @@ class ResidualMLPConfig:
     """Whether `mlp_in` has a bias."""
     out_bias: bool = False
     """Whether `mlp_out` has one."""
-    embedding: EmbeddingName = "random"
-    """`random`: unit vectors in random directions, of which two have a cosine of about `d_embed ** -0.5`, so that
-    features leak into one another unless the stream is wide. `orthonormal`: a random basis, in which they do not."""
+    d_random: int | None = None
+    """Dimensions in which the features' directions are drawn; `d_embed` if not given. Random unit vectors have cosines
+    of about `d_random ** -0.5` with one another, by which features leak into one another. A stream of 1000 dimensions
+    that holds 100 of them can do no more than one of 100 dimensions that holds vectors with the same cosines."""
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in ("n_layers", "n_features", "d_embed", "d_mlp")}
         _require_at_least("residual MLP", 1, **sizes)
         if self.act_fn_name not in get_args(ActivationName):
             raise UserError(f"residual MLP: act_fn_name is {self.act_fn_name!r}, expected 'relu' or 'gelu'")
-        if self.embedding not in get_args(EmbeddingName):
-            raise UserError(f"residual MLP: embedding is {self.embedding!r}, expected 'random' or 'orthonormal'")
-        if self.embedding == "orthonormal" and self.d_embed < self.n_features:
+        if self.d_random is not None and not self.n_features <= self.d_embed <= self.d_random:
             raise UserError(
-                f"residual MLP: {self.n_features} features cannot be orthonormal in d_embed {self.d_embed}, "
-                "expected at least as many dimensions, or embedding 'random'"
+                f"residual MLP: {self.n_features} features drawn in d_random {self.d_random} for d_embed "
+                f"{self.d_embed}, expected n_features <= d_embed <= d_random, or no d_random"
             )
 
 
@@ -192,7 +190,7 @@ class ResidualMLPLayer(nn.Module):
 class InductionConfig:
     """Sizes of an `InductionTransformer`. Raises `UserError` where they cannot make a network."""
 
-    vocab_size: int = 34
+    vocab_size: int = 33
     """Number of token ids."""
     max_length: int = 32
     """Number of positions: the longest input, in tokens."""
@@ -238,6 +236,16 @@ class InductionTransformer(Toy):
         for block in self.blocks:
             x_BTD = block(x_BTD, positions_TD)
         return self.unembed(x_BTD)
+
+    def patterns(self, input_ids: Int[Tensor, "B T"]) -> list[Float[Tensor, "B H T T"]]:
+        """Where the heads of each layer look, as `PositionlessAttention.pattern` gives it."""
+        positions_TD = self.positions[: input_ids.shape[1]]
+        x_BTD = self.embed(input_ids)
+        patterns = []
+        for block in self.blocks:
+            patterns.append(block.attn.pattern(x_BTD, positions_TD))
+            x_BTD = block(x_BTD, positions_TD)
+        return patterns
 
     def loss(self, output: Float[Tensor, "B T V"], batch: dict[str, Any]) -> Float[Tensor, ""]:
         """Cross-entropy of the token that the sequence is to end with, in nats."""
@@ -291,9 +299,12 @@ def activation(name: ActivationName, x: Float[Tensor, "*shape"]) -> Float[Tensor
 
 
 def _embedding(config: ResidualMLPConfig) -> Float[Tensor, "F D"]:
-    if config.embedding == "orthonormal":
-        return nn.init.orthogonal_(torch.empty(config.n_features, config.d_embed))
-    return F.normalize(torch.randn(config.n_features, config.d_embed), dim=-1)
+    """Random unit vectors, one a row; where they were drawn in more dimensions, in a random basis of their span."""
+    drawn = F.normalize(torch.randn(config.n_features, config.d_random or config.d_embed), dim=-1)
+    if config.d_random is None:
+        return drawn
+    coordinates = torch.linalg.qr(drawn.t()).R.t()
+    return coordinates @ nn.init.orthogonal_(torch.empty(config.n_features, config.d_embed))
 
 
 def _sinusoids(length: int, width: int) -> Float[Tensor, "T D"]:
