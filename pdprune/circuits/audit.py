@@ -85,7 +85,9 @@ def audit(
     Args:
         model: the decomposed target.
         keep: the circuit: Bool `[n]`, a set of node indices, a `Circuit`, or keeping by position or example (`[T, n]`,
-            `[B, T, n]`; `[B, n]` in networks without positions; B counts the examples of all batches).
+            `[B, T, n]`; `[B, n]` in networks without positions; B counts the examples of all batches). By position or
+            example it may be kept in part: causal importances in [0, 1] (`importance_mask`), which the adversary can
+            take the rest of.
         batches: re-iterable, of what a DataLoader yields. Each gets a source of its own, so make them large (256): many
             examples under one source are what keeps the adversary from fitting noise.
         loss: `"kl"`, `"ce"`, `"mse"`, or a function `(output, target_output, batch) -> [B]`.
@@ -187,10 +189,11 @@ def audit(
 
 
 def as_gates(keep: Keep, model: DecomposedModel) -> Float[Tensor, "*lead n"]:
-    """A circuit, however given, as gates of 0 and 1 on the model's device.
+    """A circuit, however given, as gates on the model's device: 0 and 1, or what lies between in causal importances.
 
     Raises:
-        UserError: for a circuit of another model, an index that no node has, a wrong width, values other than 0 and 1.
+        UserError: for a circuit of another model, an index that no node has, a wrong width, values other than 0 and 1
+            in `[n]` and outside of [0, 1] elsewhere.
     """
     n = model.n_nodes
     match keep:
@@ -203,8 +206,10 @@ def as_gates(keep: Keep, model: DecomposedModel) -> Float[Tensor, "*lead n"]:
                 raise UserError(
                     f"keep: its shape is {list(gates.shape)}; expected [{n}] or [..., {n}], one entry a node"
                 )
-            if not bool(((gates == 0) | (gates == 1)).all()):
+            if gates.ndim == 1 and not bool(((gates == 0) | (gates == 1)).all()):
                 raise UserError("keep: it has values other than 0 and 1; expected booleans (for indices, give a set)")
+            if not bool(((gates >= 0) & (gates <= 1)).all()):
+                raise UserError("keep: it has values outside of [0, 1]; expected booleans, or causal importances")
         case Iterable():
             gates = torch.zeros(n)
             for node in keep:

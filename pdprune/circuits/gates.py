@@ -27,6 +27,10 @@ class GateMap(Protocol):
         """Parameters to begin with: everything kept, or nearly."""
         ...
 
+    def at(self, gates: Gates) -> Parameters:
+        """Parameters to begin with where gates shall start at these, as near as the map comes to them."""
+        ...
+
     def gates(self, theta: Parameters, rng: torch.Generator | None = None) -> Gates:
         """Gates in [0,1], with a gradient to θ; random ones for maps that sample, if `rng` is given."""
         ...
@@ -54,6 +58,9 @@ class LeakyHardSigmoid:
     def initial(self, shape: tuple[int, ...], rng: torch.Generator) -> Parameters:
         return torch.full(shape, self.start)
 
+    def at(self, gates: Gates) -> Parameters:
+        return gates
+
     def gates(self, theta: Parameters, rng: torch.Generator | None = None) -> Gates:
         return lower_leaky(theta, self.leak)
 
@@ -79,6 +86,9 @@ class HardConcrete:
     def initial(self, shape: tuple[int, ...], rng: torch.Generator) -> Parameters:
         return torch.full(shape, self.start)
 
+    def at(self, gates: Gates) -> Parameters:
+        return ((gates - self.low) / (self.high - self.low)).logit()
+
     def gates(self, theta: Parameters, rng: torch.Generator | None = None) -> Gates:
         logits = theta
         if rng is not None:
@@ -102,6 +112,10 @@ class Heaviside:
 
     def initial(self, shape: tuple[int, ...], rng: torch.Generator) -> Parameters:
         return 0.1 + 0.01 * torch.randn(shape, generator=rng)
+
+    def at(self, gates: Gates) -> Parameters:
+        """Open wherever it is not 0, and the nearer to closing the less it matters."""
+        return 0.1 * gates
 
     def gates(self, theta: Parameters, rng: torch.Generator | None = None) -> Gates:
         gates: Tensor = _Heaviside.apply(theta, self.temperature)

@@ -58,6 +58,7 @@ def prune(
     search: Search = "auto",
     select: Iterable[Any] | None = None,
     per_position: bool = False,
+    warm_start: bool = False,
     learning: Learning = Learning(),
     adversary: TrainingAdversary = TrainingAdversary(),
     draws: Draws = Draws(),
@@ -84,6 +85,7 @@ def prune(
         select: batches that the circuit is chosen on; by default the last fifth of `batches`, or all of them if there
             is one.
         per_position: a gate for every position: `keep` is then `[T, n]`.
+        warm_start: gates start at the mean causal importances that `model` has on the tokens of `batches`.
         learning, adversary, draws, attack, selection: as in `CircuitPruner`.
         seed: decides everything.
 
@@ -110,6 +112,7 @@ def prune(
         target_nodes=target_nodes,
         coefficient=coefficient,
         per_position=per_position,
+        warm_start=warm_start,
         search=search,
         learning=learning,
         adversary=adversary,

@@ -20,7 +20,7 @@ from pdprune.adversary.attack import Ascent, attack
 from pdprune.adversary.game import Game, Scope
 from pdprune.adversary.objective import MaskedLoss, Reference, ReferenceKind, masked_losses
 from pdprune.adversary.opponent import Opponent, TrainingAdversary
-from pdprune.batches import as_batch, as_batches
+from pdprune.batches import Batch, as_batch, as_batches
 from pdprune.circuits.audit import Audit
 from pdprune.circuits.audit import audit as audit_circuit
 from pdprune.circuits.circuit import Circuit
@@ -37,6 +37,7 @@ from pdprune.circuits.selection import (
     select_open_gates,
     silent,
 )
+from pdprune.circuits.warm_start import mean_importances
 from pdprune.decomposition import DecomposedModel
 from pdprune.decomposition.settings import Decomposition
 from pdprune.errors import NonFiniteLossError, UserError
@@ -165,6 +166,8 @@ class CircuitPruner(LightningModule):
         target_nodes: find the best circuit of this many nodes.
         coefficient: or the circuit at this price of keeping everything.
         per_position: a gate for every position, for circuits of one prompt or of aligned prompts.
+        warm_start: gates start at the decomposition's causal importances, averaged over the tokens of the train split,
+            instead of wide open (method.md, section 5: VPD's recipe).
         search: how the circuit is searched for: `gradient` learns gates; `exact` scores all circuits of a small graph;
             `auto` does so up to 12 nodes.
         learning: gate map, sparsity term, and how fast.
@@ -193,6 +196,7 @@ class CircuitPruner(LightningModule):
         target_nodes: int | None = None,
         coefficient: float | None = None,
         per_position: bool = False,
+        warm_start: bool = False,
         search: Search = "gradient",
         learning: Learning = Learning(),
         adversary: TrainingAdversary = TrainingAdversary(),
@@ -214,6 +218,7 @@ class CircuitPruner(LightningModule):
         self.reference_kind: ReferenceKind = reference
         self.scope: Scope = scope
         self.per_position = per_position
+        self.warm_start = warm_start
         self.search = search
         self.learning = learning
         self.adversary = adversary
@@ -247,12 +252,16 @@ class CircuitPruner(LightningModule):
         self.goal.check_fits(shape.numel())
         gates = torch.ones(shape, device=self.model.delta_sites.device)
         lead = Game([first], [gates], self.scope).lead if self.adversary.mode != "fresh" else ()
-        self.theta = nn.Parameter(
-            self.gate_map.initial(tuple(shape), generator(self.seed, "gates")).to(self.model.delta_sites.device)
-        )
+        theta = self._first_parameters(shape, batches)
+        self.theta = nn.Parameter(theta.clone())
         self.opponent = Opponent(self.adversary, lead, self.model.n_nodes + self.model.n_sites, self.seed)
-        self.register_buffer("openness", torch.ones_like(self.theta.data))
+        self.register_buffer("openness", self.gate_map.gates(theta) if self.warm_start else torch.ones_like(theta))
         self.register_buffer("log_price", torch.zeros((), device=self.model.delta_sites.device))
+
+    def _first_parameters(self, shape: torch.Size, batches: Sequence[Batch]) -> Float[Tensor, "*lead n"]:
+        if self.warm_start:
+            return self.gate_map.at(mean_importances(self.model, batches, self.per_position))
+        return self.gate_map.initial(tuple(shape), generator(self.seed, "gates")).to(self.model.delta_sites.device)
 
     def _gate_shape(self, loss: MaskedLoss) -> torch.Size:
         if not self.per_position:
