@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from pdprune.decomposition.bases import Basis, decompose
 from pdprune.decomposition.checkpoints import load_decomposition
+from pdprune.decomposition.clusters import regroup_by_file
 from pdprune.decomposition.model import DecomposedModel
 from pdprune.errors import UserError
 from pdprune.targets import load_target
@@ -27,14 +28,22 @@ class Decomposition:
     """For `head`; by default what the target's config says."""
     path: str | None = None
     """A saved decomposition or an SPD run folder (see `pdprune.load_decomposition`), instead of a basis."""
+    nodes: str | None = None
+    """A JSON file of groups of components that become the nodes (see `pdprune.decomposition.clusters`); by default a
+    node is a component, a head, or what was saved."""
 
     def load(self) -> DecomposedModel:
         """Load the target and decompose it, or load the decomposition.
 
         Raises:
-            UserError: for an unknown target, a pattern that matches nothing, a decomposition that cannot be read, or
-                both a basis and a path.
+            UserError: for an unknown target, a pattern that matches nothing, a decomposition or groups that cannot be
+                read or do not fit, or both a basis and a path.
         """
+        model = self._components()
+        return model if self.nodes is None else regroup_by_file(model, self.nodes)
+
+    def _components(self) -> DecomposedModel:
+        """The decomposition with the nodes that it has by itself."""
         if self.path is not None:
             if self.sites or self.basis is not None or self.n_heads is not None:
                 raise UserError(
