@@ -6,6 +6,7 @@ from pdprune.circuits.prune import prune
 from pdprune.circuits.pruning import CircuitPruner
 from pdprune.decomposition import DecomposedModel, Node, decompose
 from pdprune.decomposition.checkpoints import load_decomposition
+from pdprune.decomposition.learning import ComponentLearner
 from pdprune.decomposition.settings import Decomposition
 from pdprune.errors import NonFiniteLossError, UserError
 
@@ -13,6 +14,7 @@ __all__ = [
     "Audit",
     "Circuit",
     "CircuitPruner",
+    "ComponentLearner",
     "DecomposedModel",
     "Decomposition",
     "Node",
