@@ -243,6 +243,7 @@ class InductionTransformer(Toy):
         x_BTD = self.embed(input_ids)
         patterns = []
         for block in self.blocks:
+            assert isinstance(block, InductionBlock)
             patterns.append(block.attn.pattern(x_BTD, positions_TD))
             x_BTD = block(x_BTD, positions_TD)
         return patterns

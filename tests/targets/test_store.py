@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from pdprune.errors import UserError
 from pdprune.targets import Transformer, TransformerConfig, load_target, save_target, shipped_targets
-from pdprune.targets.export import card_text, export, task_scores
+from pdprune.targets.export import export
+from pdprune.targets.language_card import card_text, task_scores
 from pdprune.targets.store import SHIPPED, WEIGHTS
 from pdprune.targets.training import matrices_of
 from pdprune.tasks import TaskData, shipped_tasks
