@@ -342,14 +342,17 @@ TOLD_OF_LLAMA: dict[str, Callable[[Any], Any]] = {
 }
 
 KNOWN: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any]], nn.Module]] = {
-    "TMSModel": _tms,
+    "TMS": _tms,
     "ResidualMLP": _residual_mlp,
+    "GPT2Like": _gpt2_like,
+    "LlamaLike": _llama_like,
+    "TMSModel": _tms,
     "GPT2Simple": _gpt2_like,
     "LlamaSimpleMLP": _llama_like,
     "LlamaSimpleMlp": _llama_like,
     "LlamaSimple": _llama_like,
 }
-"""How a network follows from its parameters, by the name of its class in SPD's configs."""
+"""How a network follows from its parameters, by the name of its class: ours, and those of SPD's configs."""
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, int]:

@@ -159,7 +159,7 @@ def test_what_shapes_do_not_tell_comes_from_the_config():
         ("LlamaSimpleMLP", {"wte.weight": torch.zeros(3)}, {"n_head": 4}, r"has shape \[3\]; expected a matrix"),
         ("LlamaSimpleMLP", {"h.0.attn.c_attn.weight": torch.zeros(3, 3)}, {"n_head": 4}, "q, k and v in one"),
         ("GPT2Simple", {}, {"n_head": 4}, "parameter 'wpe.weight' is missing"),
-        ("GPTX", {}, {}, "no network that we know; expected one of TMSModel"),
+        ("GPTX", {}, {}, "no network that we know; expected one of TMS, ResidualMLP, GPT2Like, LlamaLike"),
     ],
 )
 def test_refused_in_one_line(name, change, config, message):

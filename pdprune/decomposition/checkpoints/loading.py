@@ -42,8 +42,8 @@ def load_decomposition(
             such file.
         target: the network that was decomposed. For our own format by default what the file says. The weights of an SPD
             run are in its checkpoint, and are **loaded into the module that is given here**; instead of a module: the
-            name of a class that we know (`TMSModel`, `ResidualMLP`, `GPT2Simple`, `LlamaSimpleMLP`, `LlamaSimple`), by
-            default the one that the run's config names; or the folder of a Hugging Face model.
+            name of a class that we know (`TMS`, `ResidualMLP`, `GPT2Like`, `LlamaLike`), by default the one that the
+            run's config names; or the folder of a Hugging Face model.
         target_config: of a known class of an SPD run, what shapes do not tell: `n_head`, `rotary_base`, ... (see
             `known_network`). Goes before the `model_config.yaml` in the folder.
         importances: whether causal importances are read, if there are any.
