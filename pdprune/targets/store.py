@@ -131,7 +131,10 @@ def _read(path: Path) -> tuple[Architecture, Any, dict[str, Tensor]]:
         ) from None
     key = next((key for key in ARCHITECTURES if key in header), None)
     if key is None:
-        raise UserError(f"target {path}: its header names no network, expected one of {', '.join(ARCHITECTURES)}")
+        raise UserError(
+            f"target {path}: its header names no network, expected one of {', '.join(ARCHITECTURES)}, or config.json "
+            "beside it, of a Hugging Face model"
+        )
     try:
         return ARCHITECTURES[key], ARCHITECTURES[key].config(**json.loads(header[key])), state
     except (ValueError, TypeError) as error:
