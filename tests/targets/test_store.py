@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from pdprune.errors import UserError
@@ -124,3 +125,9 @@ def test_a_file_that_is_no_weights_is_refused(folder: Path, content: bytes | Non
 def test_export_asks_for_a_finished_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.safetensors"):
         export(tmp_path / "run", "name", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", shipped_targets())
+def test_a_shipped_config_names_no_place_of_the_machine_that_made_it(name: str) -> None:
+    config = yaml.safe_load((SHIPPED / name / "config.yaml").read_text())
+    assert "default_root_dir" not in config["trainer"] and not config["data"]["init_args"].get("root")
