@@ -80,7 +80,8 @@ def hugging_face_reader(folder: Path) -> Reader:
     transformers = _transformers(folder)
     config = _config(folder)
     name = folder.resolve().name
-    longest = getattr(config, "max_position_embeddings", None)
+    sizes = config.get_text_config()  # itself, but for models that read more than text
+    longest = getattr(sizes, "max_position_embeddings", None)
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         return Reader(None, name, longest)
     with _told_in_one_line(folder):
@@ -90,7 +91,7 @@ def hugging_face_reader(folder: Path) -> Reader:
     side: Literal["left", "right"] = tokenizer.padding_side if _takes_positions(model_class) else "right"
     if longest is None and tokenizer.model_max_length < LONGEST_BELIEVED:
         longest = tokenizer.model_max_length
-    return Reader(HuggingFaceTokenizer(tokenizer, config.vocab_size, side), name, longest)
+    return Reader(HuggingFaceTokenizer(tokenizer, sizes.vocab_size, side), name, longest)
 
 
 def _transformers(folder: Path) -> Any:

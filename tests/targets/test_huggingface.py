@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from targets.tiny_models import FAMILIES, OUTPUT_PROJECTIONS, VOCAB, save_byte_level, save_model
+from targets.tiny_models import FAMILIES, OUTPUT_PROJECTIONS, VOCAB, refuse_network, save_byte_level, save_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -49,11 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("asked the network")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    refuse_network(monkeypatch)
 
 
 def close(a: Tensor, b: Tensor) -> None:

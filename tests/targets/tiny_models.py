@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
@@ -51,6 +53,16 @@ OUTPUT_PROJECTIONS = {
     "gpt_neox": "*.attention.dense",
 }
 CORPUS = ["the cat sat on the mat", "a princess lost her crown", "foo() bar() x = 'ab'", "the dog ran", " cat sat"] * 4
+
+
+def refuse_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make whatever asks the network fail."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 def save_model(folder: Path, family: str, seed: int = 0) -> nn.Module:

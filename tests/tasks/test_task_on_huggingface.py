@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from targets.tiny_models import save_byte_level, save_model, save_whole_words, save_word_start
+from targets.tiny_models import refuse_network, save_byte_level, save_model, save_whole_words, save_word_start
 
 from pdprune.adversary.objective import MaskedLoss
 from pdprune.batches import as_batch, output_of
@@ -47,6 +47,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 Make = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_network(monkeypatch)
 
 
 def task_data(tmp_path: Path, target: Path, rows: list[dict[str, Any]] = ROWS, **options: Any) -> TaskData:
