@@ -4,9 +4,9 @@ What is read is what `save_pretrained` writes: `config.json`, weights as safeten
 The network is never asked, no code of the folder's own is run, nothing is unpickled.
 
 A model runs in float32, so that the masks of a circuit are not lost in the rounding of half precision, without
-dropout and without a cache, and with the plain implementation of attention: every architecture has that one, and its
-gradients are the same bits each time on every device. Padding may be on either side, as the model's tokenizer has it:
-positions are counted from the first token that is none.
+dropout and without a cache, and with the plain implementation of attention: every architecture has that one, and on a
+GPU the gradients of some fused ones differ from run to run. Padding may be on either side, as the model's tokenizer has
+it: positions are counted from the first token that is none.
 """
 
 from __future__ import annotations
@@ -122,12 +122,13 @@ def _config(folder: Path) -> Any:
     transformers = _transformers(folder)
     stored = _stored_config(folder)
     model_type = stored.get("model_type")
-    if model_type not in transformers.CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise UserError(
             f"target {folder}: {CONFIG} has model_type {model_type!r}, which transformers "
             f"{transformers.__version__} does not know; expected one that it does: code in the folder is never run"
         )
-    causal, saved_as = _causal_models().get(str(model_type)), stored.get("architectures")
+    causal, told = _causal_models().get(model_type), stored.get("architectures")
+    saved_as = told if isinstance(told, list) else []
     if causal is None or (saved_as and causal not in saved_as):
         holds = saved_as[0] if saved_as else model_type
         here = f", here a {causal}" if causal else ""

@@ -285,6 +285,8 @@ UP = "model.layers.0.mlp.up_proj.weight"
         (write("config.json", "[]"), r"config\.json: a JSON list"),
         (write("config.json", "{}"), "model_type None"),
         (edit_config(model_type="nonesuch"), "'nonesuch'"),
+        (edit_config(model_type=["llama"]), "model_type \\['llama'\\]"),
+        (edit_config(architectures=["GPT2LMHeadModel"]), "holds a GPT2LMHeadModel.*here a LlamaForCausalLM"),
         (edit_config(model_type="nonesuch", auto_map={"AutoConfig": "x.C"}), "code in the folder is never run"),
         (edit_config(num_attention_heads=3), "not a causal language model that can be loaded"),
         (edit_config(hidden_size="eight"), "not a causal language model that can be loaded"),
