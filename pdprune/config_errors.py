@@ -79,7 +79,8 @@ def _explain_not_accepted(text: str, given: Given) -> str | None:
 
 def _explain_import(text: str, given: Given) -> str | None:
     found = re.search(
-        r"Problem with given class_path '([^']+)':\s+(No module named .*|module .* has no attribute .*|.*[Ii]mport.*)",
+        r"Problem with given class_path '([^']+)':\s+"
+        r"(No module named .*|module .* has no attribute .*|.*[Ii]mport(?!ance).*)",  # a key may be `importances`
         text,
     )
     if found is None:

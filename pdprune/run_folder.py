@@ -30,6 +30,9 @@ RESULT_FILES = (
     "circuit.json",
     "circuit.safetensors",
     "audit.json",
+    "decomposition/decomposition.safetensors",
+    "decomposition/decomposition.json",
+    "decomposition_audit.json",
     "predictions.jsonl",
     "report.html",
 )
@@ -101,7 +104,8 @@ class RunFolder:
         """Whether a fit came to its end here. Results whose checkpoints were deleted count as finished too."""
         if self._finished_mark.exists():
             return True
-        return not self.has_checkpoint and any((self.path / name).exists() for name in ("circuit.json", "audit.json"))
+        results = ("circuit.json", "audit.json", "decomposition_audit.json")
+        return not self.has_checkpoint and any((self.path / name).exists() for name in results)
 
     def mark_finished(self) -> None:
         write_atomically(self._finished_mark, b"")

@@ -9,7 +9,10 @@ import pytest
 from pdprune.train import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-OVERLAYS = {"quickstart-complete.yaml": "quickstart.yaml"}
+OVERLAYS = {
+    "quickstart-complete.yaml": "quickstart.yaml",
+    "decompose/dense-py-all.yaml": "decompose/dense-py.yaml",
+}
 """Configs that are layered on top of another one."""
 
 
@@ -19,6 +22,7 @@ def test_config_runs_a_step(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     layers = [OVERLAYS[name], name] if name in OVERLAYS else [name]
     arguments = [argument for layer in layers for argument in ("--config", str(CONFIGS / layer))]
     # The rest of a fit, selection and audit, has tests of its own, on smaller networks.
-    monkeypatch.setattr("pdprune.circuits.pruning.CircuitPruner.finish", lambda *_, **__: None)
+    for module in ("circuits.pruning.CircuitPruner", "decomposition.learning.ComponentLearner"):
+        monkeypatch.setattr(f"pdprune.{module}.finish", lambda *_, **__: None)
     assert main(["fit", *arguments, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]) == 0
     assert [path.name for path in tmp_path.glob("runs/*/checkpoints/finished")] == ["finished"]

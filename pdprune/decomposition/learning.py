@@ -13,6 +13,7 @@ the one that circuits are pruned against. The third mode, `attribution`, is the 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -28,25 +29,34 @@ from torch import Tensor, nn
 from pdprune.adversary.game import Game, Scope
 from pdprune.adversary.objective import MaskedLoss
 from pdprune.adversary.opponent import Opponent, TrainingAdversary
-from pdprune.batches import as_batch
+from pdprune.batches import Batch, as_batch
 from pdprune.decomposition.attribution import TopK
+from pdprune.decomposition.audit import AUDIT_FILE, SCHEMA, DecompositionChecks, audit_decomposition, held_out
 from pdprune.decomposition.bases import matching_sites
-from pdprune.decomposition.importances import CausalImportances, ImportanceSettings, node_importances, upper_leaky
+from pdprune.decomposition.importances import (
+    CausalImportances,
+    ImportanceSettings,
+    importance_mask,
+    node_importances,
+    upper_leaky,
+)
 from pdprune.decomposition.minimality import Minimality
 from pdprune.decomposition.model import DecomposedModel
 from pdprune.decomposition.reconstruction import at_all_sites, in_subsets, site_by_site
-from pdprune.decomposition.saved import save_decomposition
+from pdprune.decomposition.saved import read_decomposition, save_decomposition
 from pdprune.decomposition.trainable import faithfulness, settled, trainable
 from pdprune.errors import NonFiniteLossError, UserError
+from pdprune.files import write_atomically
 from pdprune.losses import LossFunction, loss_function, loss_name
+from pdprune.metrics import MATTERS
 from pdprune.progress import telling
 from pdprune.seeding import generator
 from pdprune.targets import load_target
 
-Mode = Literal["stochastic", "adversarial", "attribution"]
+DECOMPOSITION_FOLDER = "decomposition"
+"""In a run folder."""
 
-ALIVE = 0.1
-"""A component is alive on a batch where its importance is above this on some token."""
+Mode = Literal["stochastic", "adversarial", "attribution"]
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,8 @@ class ComponentLearner(LightningModule):
         warm_up: steps on faithfulness alone, before.
         schedule: the learning rate.
         gradient_clip: largest norm of a step's gradient; none for any.
+        save_as: the type of what is stored. What is stored is what is checked.
+        audit: the checks that a run ends with.
         seed: decides everything.
     """
 
@@ -169,6 +181,8 @@ class ComponentLearner(LightningModule):
         warm_up: WarmUp = WarmUp(),
         schedule: Schedule = Schedule(),
         gradient_clip: float | None = None,
+        save_as: Literal["float32", "bfloat16"] = "float32",
+        audit: DecompositionChecks = DecompositionChecks(),
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -177,6 +191,8 @@ class ComponentLearner(LightningModule):
             raise UserError(f"mode: got {mode!r}; expected one of {', '.join(get_args(Mode))}")
         if gradient_clip is not None and not gradient_clip > 0:
             raise UserError(f"gradient_clip: got {gradient_clip}; expected more than 0, or none")
+        if save_as not in ("float32", "bfloat16"):
+            raise UserError(f"save_as: got {save_as!r}; expected float32 or bfloat16")
         loss_function(loss)
         self.loss = loss
         self.mode: Mode = mode
@@ -188,6 +204,8 @@ class ComponentLearner(LightningModule):
         self.warm_up = warm_up
         self.schedule = schedule
         self.gradient_clip = gradient_clip
+        self.save_as = save_as
+        self.audit = audit
         self.seed = seed
         self.source = target if isinstance(target, str) else None
         loaded = None if isinstance(target, nn.Module) else load_target(target)
@@ -332,16 +350,38 @@ class ComponentLearner(LightningModule):
         self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=seen.loss.size)
 
     def finish(self, datamodule: LightningDataModule, folder: Path) -> None:
-        """Write the decomposition into the run folder; the last thing that `fit` does."""
+        """Write the decomposition and then its audit into the run folder; the last thing that `fit` does."""
         if not self.trainer.is_global_zero:
             return
+        about = {"mode": self.mode, "loss": loss_name(self.loss), "steps": self.global_step, "seed": self.seed}
         save_decomposition(
-            folder / "decomposition",
+            folder / DECOMPOSITION_FOLDER,
             settled(self.model),
             self.model.importances,
-            {"mode": self.mode, "loss": loss_name(self.loss), "steps": self.global_step, "seed": self.seed},
+            about,
             source=self.source,
+            dtype=getattr(torch, self.save_as),
         )
+        saved = read_decomposition(folder / DECOMPOSITION_FOLDER, self.model.target)
+        saved.to(self.model.delta_sites.device)
+        with telling("audit") as tell:
+            found = audit_decomposition(
+                saved,
+                lambda batch, index: self.gates(saved, batch, index),
+                held_out(datamodule, self.audit.batches),
+                self.loss,
+                self.audit,
+                self.seed,
+                tell,
+            )
+        content = {"schema": SCHEMA, "target": self.model.target_name, **about, **found}
+        write_atomically(folder / AUDIT_FILE, json.dumps(content, indent=1).encode())
+
+    def gates(self, model: DecomposedModel, batch: Batch, index: int) -> Float[Tensor, "*lead n"]:
+        """What matters on a batch, for a decomposition like the one that is learned here."""
+        if model.importances is not None:
+            return importance_mask(model, batch.inputs)
+        return self.top_k.gates(MaskedLoss(model, batch, self.loss), generator(self.seed, "directions", index))
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -409,4 +449,4 @@ def counts_of(loss: MaskedLoss) -> Float[Tensor, "B T"] | None:
 def l0_and_alive(gates: Float[Tensor, "*lead n"]) -> dict[str, Tensor]:
     """How many nodes matter on a token, on average, and how many on some token of the batch."""
     rows = gates.detach().flatten(0, -2)
-    return {"l0": (rows > 0).sum(-1).float().mean(), "alive": (rows.amax(0) > ALIVE).sum().float()}
+    return {"l0": (rows > 0).sum(-1).float().mean(), "alive": (rows.amax(0) > MATTERS).sum().float()}

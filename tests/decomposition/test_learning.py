@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from decomposition.small_nets import SITES, VOCAB, small_lm
-from lightning import Callback, LightningDataModule, Trainer
+from decomposition.learners import features, learner, target, tokens, trainer
+from decomposition.small_nets import SITES
+from lightning import Callback, Trainer
 from torch import Tensor, nn
 
 from pdprune.adversary.game import Game
@@ -29,49 +30,8 @@ from pdprune.decomposition.learning import (
 from pdprune.decomposition.minimality import Minimality
 from pdprune.decomposition.trainable import faithfulness, trainable
 from pdprune.errors import NonFiniteLossError, UserError
-from pdprune.loaders import StepLoader
-from pdprune.seeding import generator
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice, and its own uses of what is deprecated
-
-
-class Data(LightningDataModule):
-    """Batches that follow from the step; the loader counts steps, as that of the tasks does."""
-
-    def __init__(self, batch_at: Any) -> None:
-        super().__init__()
-        self.loader = StepLoader(batch_at, 1000)
-
-    def train_dataloader(self) -> StepLoader:
-        return self.loader
-
-    def state_dict(self) -> dict[str, int]:
-        return self.loader.state_dict()
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.loader.load_state_dict(state)
-
-
-def tokens() -> Data:
-    return Data(lambda step: {"inputs": torch.randint(0, VOCAB, (3, 4), generator=generator(0, "tokens", step))})
-
-
-def trainer(folder: Path, steps: int, *callbacks: Callback) -> Trainer:
-    return Trainer(
-        default_root_dir=folder, max_steps=steps, max_epochs=-1, accelerator="cpu", callbacks=list(callbacks),
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        log_every_n_steps=1,
-    )  # fmt: skip
-
-
-def target() -> nn.Module:
-    return small_lm(0).float().requires_grad_(False)
-
-
-def learner(**options: Any) -> ComponentLearner:
-    importances = ImportanceSettings(hidden=[4], d_model=8, n_blocks=1, n_heads=2)
-    defaults = {"sites": {"*": 3, "down": 5}, "importances": importances, "warm_up": WarmUp(3)}
-    return ComponentLearner(target(), **(defaults | options))
 
 
 class Watch(Callback):
@@ -100,14 +60,6 @@ class Superposition(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.linear2(self.linear1(x)))
-
-
-def features(seed: int, size: int) -> Data:
-    def batch_at(step: int) -> Tensor:
-        rng = generator(seed, "features", step)
-        return torch.rand(size, 5, generator=rng) * (torch.rand(size, 5, generator=rng) < 0.15)
-
-    return Data(batch_at)
 
 
 @pytest.mark.parametrize("mode", ["stochastic", "adversarial"])
