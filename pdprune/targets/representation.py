@@ -124,11 +124,16 @@ def _of_induction(network: InductionTransformer) -> Representation:
     is_right = network(ids_BT)[:, -1].argmax(-1) == batch["labels"]
     accuracy = torch.bincount(words, is_right.double(), n_words) / counts
     place = (ids_BT[:, :-1] == ids_BT[:, -1:]).int().argmax(1)
-    to_word_BH = network.patterns(ids_BT)[-1][torch.arange(len(ids_BT)), :, -1, place + 1]
-    attention = torch.bincount(words, to_word_BH.max(dim=1).values.double(), n_words) / counts
+    patterns = network.patterns(ids_BT)
+    example = torch.arange(len(ids_BT))
+    looks = {
+        "attention that it pays to s, first layer": patterns[0][example, :, place + 1, place],
+        "attention paid to it from the end, last layer": patterns[-1][example, :, -1, place + 1],
+    }
+    by_word = {name: torch.bincount(words, at_BH.amax(1).double(), n_words) / counts for name, at_BH in looks.items()}
     return Representation(
         f"answered rightly in at least {ACCURACY:.0%} of the sequences",
-        {"accuracy": accuracy, "attention that the last layer pays to it": attention},
+        {"accuracy": accuracy, **by_word},
         accuracy >= ACCURACY,
     )
 
