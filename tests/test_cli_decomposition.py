@@ -119,10 +119,18 @@ def test_one_key_switches_the_mode() -> None:
     assert read_decomposition("runs/attribution/decomposition").importances is None
 
 
-def test_validate_a_finished_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_validate_and_test_a_finished_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert fit() == 0
+    before = results()
     assert main(["validate", "--config", "tms.yaml"]) == 0
     assert "val/stochastic" in capsys.readouterr().out
+    assert main(["test", "--config", "tms.yaml", "--model.audit.ladder", "[4, 8]"]) == 0
+    assert "test/adversarial" in capsys.readouterr().out
+    longer = json.loads(Path("runs/tms/decomposition_audit.json").read_text())
+    shorter = json.loads(before["decomposition_audit.json"])
+    assert longer["steps"] == shorter["steps"] == 40
+    assert longer["reconstruction"].pop("adversarial_8") >= shorter["reconstruction"]["adversarial_4"]
+    assert longer == shorter
 
 
 def test_a_mistake_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

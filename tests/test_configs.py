@@ -21,8 +21,9 @@ def test_config_runs_a_step(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     layers = [OVERLAYS[name], name] if name in OVERLAYS else [name]
     arguments = [argument for layer in layers for argument in ("--config", str(CONFIGS / layer))]
-    # The rest of a fit, selection and audit, has tests of its own, on smaller networks.
+    # The rest of a fit, warm-up, selection and audit, has tests of its own, on smaller networks.
     for module in ("circuits.pruning.CircuitPruner", "decomposition.learning.ComponentLearner"):
         monkeypatch.setattr(f"pdprune.{module}.finish", lambda *_, **__: None)
+    monkeypatch.setattr("pdprune.decomposition.learning.warm_up", lambda *_: None)
     assert main(["fit", *arguments, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]) == 0
     assert [path.name for path in tmp_path.glob("runs/*/checkpoints/finished")] == ["finished"]

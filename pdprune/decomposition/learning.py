@@ -207,6 +207,7 @@ class ComponentLearner(LightningModule):
         self.save_as = save_as
         self.audit = audit
         self.seed = seed
+        self._steps_in_checkpoint = 0
         self.source = target if isinstance(target, str) else None
         loaded = None if isinstance(target, nn.Module) else load_target(target)
         module = target if isinstance(target, nn.Module) else cast(Any, loaded).module
@@ -351,9 +352,13 @@ class ComponentLearner(LightningModule):
 
     def finish(self, datamodule: LightningDataModule, folder: Path) -> None:
         """Write the decomposition and then its audit into the run folder; the last thing that `fit` does."""
-        if not self.trainer.is_global_zero:
-            return
-        about = {"mode": self.mode, "loss": loss_name(self.loss), "steps": self.global_step, "seed": self.seed}
+        if self.trainer.is_global_zero:
+            self._write_audited(datamodule, folder)
+
+    def _write_audited(self, data: LightningDataModule, folder: Path) -> dict[str, Any]:
+        """Write both, the audit last: where it is, all is."""
+        steps = self.global_step or self._steps_in_checkpoint
+        about = {"mode": self.mode, "loss": loss_name(self.loss), "steps": steps, "seed": self.seed}
         save_decomposition(
             folder / DECOMPOSITION_FOLDER,
             settled(self.model),
@@ -368,7 +373,7 @@ class ComponentLearner(LightningModule):
             found = audit_decomposition(
                 saved,
                 lambda batch, index: self.gates(saved, batch, index),
-                held_out(datamodule, self.audit.batches),
+                held_out(data, self.audit.batches),
                 self.loss,
                 self.audit,
                 self.seed,
@@ -376,6 +381,20 @@ class ComponentLearner(LightningModule):
             )
         content = {"schema": SCHEMA, "target": self.model.target_name, **about, **found}
         write_atomically(folder / AUDIT_FILE, json.dumps(content, indent=1).encode())
+        return found
+
+    def test_step(self, raw: Any, index: int) -> None:
+        """Nothing by itself: the audit, at the end, reads the batches."""
+
+    def on_test_epoch_end(self) -> None:
+        """The audit again, of the components in the checkpoint, with the checks that are configured now."""
+        trainer = cast(Any, self.trainer)
+        if trainer.is_global_zero:
+            found = self._write_audited(trainer.datamodule, Path(trainer.default_root_dir))
+            values = {name: found["reconstruction"][name] for name in ("complete", "stochastic", "adversarial")}
+            self.log_dict(
+                {f"test/{name}": value for name, value in (values | {"l0": found["l0"]}).items()}, rank_zero_only=True
+            )
 
     def gates(self, model: DecomposedModel, batch: Batch, index: int) -> Float[Tensor, "*lead n"]:
         """What matters on a batch, for a decomposition like the one that is learned here."""
@@ -406,6 +425,7 @@ class ComponentLearner(LightningModule):
                     f"checkpoint: its {name} is {found.get(name)}, this run's is {expected}; "
                     "expected a checkpoint of the same target and settings"
                 )
+        self._steps_in_checkpoint = checkpoint["global_step"]
 
     def _identity(self) -> dict[str, Any]:
         functions = self.model.importances
