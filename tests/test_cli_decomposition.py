@@ -81,7 +81,7 @@ def test_killed_at_random_moments_and_resumed() -> None:
     moments = random.Random(2)
     kills = [in_a_child(lambda: fit("--ckpt_path", "last"), kill_after=moments.uniform(0.3, 1.5)) for _ in range(4)]
     assert -signal.SIGKILL in kills
-    if 0 not in kills:
+    if not Path("runs/tms/checkpoints/finished").exists():
         assert fit("--ckpt_path", "last") == 0
     assert results() == results("whole")
 

@@ -61,7 +61,7 @@ Mode = Literal["stochastic", "adversarial", "attribution"]
 
 @dataclass(frozen=True)
 class Weights:
-    """How much each loss counts; minimality has a coefficient of its own.
+    """How much each loss counts; minimality has a coefficient of its own. Mode `attribution` has only the first two.
 
     Attributes:
         faithfulness: of `Σ‖Δ‖² / n_params`.
@@ -191,6 +191,8 @@ class ComponentLearner(LightningModule):
             raise UserError(f"mode: got {mode!r}; expected one of {', '.join(get_args(Mode))}")
         if gradient_clip is not None and not gradient_clip > 0:
             raise UserError(f"gradient_clip: got {gradient_clip}; expected more than 0, or none")
+        if mode == "adversarial" and not weights.all_sites:
+            raise UserError("weights: all_sites is 0; expected more in mode adversarial, which chooses its sources")
         if save_as not in ("float32", "bfloat16"):
             raise UserError(f"save_as: got {save_as!r}; expected float32 or bfloat16")
         loss_function(loss)

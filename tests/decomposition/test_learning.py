@@ -267,6 +267,10 @@ def test_the_last_pattern_that_matches_counts() -> None:
         ({"mode": "adverse"}, "mode: got 'adverse'; expected one of stochastic, adversarial, attribution"),
         ({"loss": "l1"}, "loss: got 'l1'"),
         ({"gradient_clip": 0.0}, "gradient_clip: got 0.0"),
+        (
+            {"mode": "adversarial", "weights": Weights(all_sites=0.0)},
+            "all_sites is 0; expected more in mode adversarial",
+        ),
         ({"sites": {"mlp.*": 3}}, "site pattern 'mlp.*' matches nothing"),
         ({"sites": {}}, "no site pattern given"),
     ],
