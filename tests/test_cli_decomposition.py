@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import yaml
 from forking import in_a_child
 
 from pdprune.decomposition.importances import importance_mask
+from pdprune.decomposition.learning import ComponentLearner
 from pdprune.decomposition.saved import read_decomposition
 from pdprune.targets import TMS, TMSConfig
 from pdprune.targets.store import save_target
@@ -76,14 +76,24 @@ def test_fit_ends_with_a_decomposition_and_its_audit(capsys: pytest.CaptureFixtu
     assert fit("--overwrite") == 0
 
 
-def test_killed_at_random_moments_and_resumed() -> None:
+def test_killed_at_some_steps_and_resumed() -> None:
     assert fit("--trainer.default_root_dir", "whole") == 0
-    moments = random.Random(2)
-    kills = [in_a_child(lambda: fit("--ckpt_path", "last"), kill_after=moments.uniform(0.3, 1.5)) for _ in range(4)]
-    assert -signal.SIGKILL in kills
-    if not Path("runs/tms/checkpoints/finished").exists():
-        assert fit("--ckpt_path", "last") == 0
+    for step in (2, 6, 17, 33):  # the first before any checkpoint, the others between two
+        assert in_a_child(lambda step=step: _fit_dying_at(step, "--ckpt_path", "last")) == -signal.SIGKILL
+    assert fit("--ckpt_path", "last") == 0
     assert results() == results("whole")
+
+
+def _fit_dying_at(step: int, *args: str) -> int:
+    training_step = ComponentLearner.training_step
+
+    def dying(learner: ComponentLearner, raw: Any, index: int) -> None:
+        training_step(learner, raw, index)
+        if learner.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ComponentLearner.training_step = dying  # type: ignore[method-assign]
+    return fit(*args)
 
 
 def test_killed_just_before_each_file_of_the_end() -> None:
