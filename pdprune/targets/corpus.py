@@ -1,6 +1,7 @@
 """The text that the shipped targets learn: the source of Python's own standard library."""
 
 import hashlib
+import itertools
 import platform
 import sysconfig
 from collections.abc import Iterator
@@ -35,6 +36,22 @@ QUOTES_SWAPPED = torch.arange(VOCAB_SIZE)
 QUOTES_SWAPPED[[ord("'"), ord('"')]] = torch.tensor([ord('"'), ord("'")])
 """The token that each token becomes where quotes are traded."""
 
+BRACKET_PAIRS = ("()", "[]", "{}")
+
+
+def _brackets_permuted() -> Int[Tensor, "6 vocab"]:
+    """What each token becomes in each of the six ways to trade the kinds of brackets; the first changes nothing."""
+    ways = []
+    for order in itertools.permutations(BRACKET_PAIRS):
+        way = torch.arange(VOCAB_SIZE)
+        for old, new in zip("".join(BRACKET_PAIRS), "".join(order), strict=True):
+            way[ord(old)] = ord(new)
+        ways.append(way)
+    return torch.stack(ways)
+
+
+BRACKETS_PERMUTED = _brackets_permuted()
+
 
 class StdlibCorpus(LightningDataModule):
     """Random windows of source, each beginning with the newline before a line.
@@ -51,6 +68,8 @@ class StdlibCorpus(LightningDataModule):
         steps_per_epoch: batches that make an "epoch", after which Lightning validates.
         swap_quotes: probability that a training window has single and double quotes traded. Code still means the same,
             and neither quote is the likelier, so that only the opening quote tells which one closes a string.
+        permute_brackets: probability that the three kinds of brackets of a training window are permuted, all alike.
+            What comes out is no Python, but brackets match, and curly ones are no longer rare.
         seed: seed of the training windows.
     """
 
@@ -63,13 +82,15 @@ class StdlibCorpus(LightningDataModule):
         val_fraction: float = 0.18,
         steps_per_epoch: int = 500,
         swap_quotes: float = 0.0,
+        permute_brackets: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not 0 < val_fraction < 1:
             raise UserError(f"corpus: val_fraction is {val_fraction}, expected a number between 0 and 1")
-        if not 0 <= swap_quotes <= 1:
-            raise UserError(f"corpus: swap_quotes is {swap_quotes}, expected a probability")
+        for name, probability in (("swap_quotes", swap_quotes), ("permute_brackets", permute_brackets)):
+            if not 0 <= probability <= 1:
+                raise UserError(f"corpus: {name} is {probability}, expected a probability")
         for name, value in (("window", window), ("batch_size", batch_size), ("steps_per_epoch", steps_per_epoch)):
             if value < 1:
                 raise UserError(f"corpus: {name} is {value}, expected at least 1")
@@ -80,6 +101,7 @@ class StdlibCorpus(LightningDataModule):
         self.val_fraction = val_fraction
         self.steps_per_epoch = steps_per_epoch
         self.swap_quotes = swap_quotes
+        self.permute_brackets = permute_brackets
         self.seed = seed
         self._splits: dict[str, tuple[Int[Tensor, " bytes"], Int[Tensor, " starts"]]] = {}
         self._sha256 = ""
@@ -114,6 +136,9 @@ class StdlibCorpus(LightningDataModule):
         if split == "train":
             swapped = torch.rand(self.batch_size, generator=draws) < self.swap_quotes
             ids = torch.where(swapped[:, None], QUOTES_SWAPPED[ids], ids)
+            permuted = torch.rand(self.batch_size, generator=draws) < self.permute_brackets
+            way = torch.randint(len(BRACKETS_PERMUTED), (self.batch_size,), generator=draws) * permuted
+            ids = BRACKETS_PERMUTED[way[:, None], ids]
         ids = ids[rank::world_size]
         return {"inputs": {"input_ids": ids[:, :-1]}, "labels": ids[:, 1:]}
 

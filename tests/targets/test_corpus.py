@@ -1,5 +1,6 @@
 """The corpus: which files, which split, and windows that depend on seed and step alone."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,25 @@ def test_swapped_windows_are_the_same_but_for_their_quotes(library: Path) -> Non
     assert text(1.0, "val") == text(0.0, "val")
 
 
+def test_permuted_windows_are_the_same_but_for_their_brackets(library: Path) -> None:
+    for path in library.glob("module*.py"):
+        path.write_text("f(a)[b] = {c}\n" * 10)
+
+    def windows(permute_brackets: float, split: str = "train") -> list[str]:
+        corpus = StdlibCorpus(str(library), window=WINDOW, batch_size=16, permute_brackets=permute_brackets)
+        return ["".join(map(chr, row)) for row in corpus.batch(split, 0)["inputs"]["input_ids"].tolist()]
+
+    ways = [str.maketrans("()[]{}", "".join(order)) for order in itertools.permutations(("()", "[]", "{}"))]
+    used = set()
+    for plain, permuted in zip(windows(0.0), windows(1.0), strict=True):
+        versions = [plain.translate(way) for way in ways]
+        assert permuted in versions
+        used.add(versions.index(permuted))
+    assert len(used) > 2
+    assert 0 < sum(a != b for a, b in zip(windows(0.0), windows(0.5), strict=True)) < 16
+    assert windows(1.0, "val") == windows(0.0, "val")
+
+
 def test_the_hash_tells_corpora_apart(library: Path) -> None:
     def digest() -> str:
         return StdlibCorpus(str(library), window=WINDOW).describe()["corpus_sha256"]
@@ -114,6 +134,7 @@ def test_the_hash_tells_corpora_apart(library: Path) -> None:
         ({"val_fraction": 1.5}, "val_fraction"),
         ({"window": 0}, "window"),
         ({"swap_quotes": 2.0}, "swap_quotes"),
+        ({"permute_brackets": -1.0}, "permute_brackets"),
         ({"window": 10_000}, "window of 10000"),
     ],
 )
