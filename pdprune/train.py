@@ -22,10 +22,11 @@ import argparse
 import itertools
 import json
 import logging
+import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_args(  # type: ignore[override]  # namespace and the rest are passed on, whatever they are
+        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
+    ) -> Any:
+        """As jsonargparse does, but a null for a nested key, which it hands on as `--key=None`, is a null."""
+        given = None if args is None else [re.sub("=None$", "=null", argument) for argument in args]
+        return super().parse_args(given, *rest, **options)
 
 
 class PdpruneCLI(LightningCLI):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pdprune.train import main
 
@@ -27,3 +28,14 @@ def test_config_runs_a_step(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("pdprune.decomposition.learning.warm_up", lambda *_: None)
     assert main(["fit", *arguments, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]) == 0
     assert [path.name for path in tmp_path.glob("runs/*/checkpoints/finished")] == ["finished"]
+
+
+@pytest.mark.parametrize("key", ["target_loss", "decomposition.basis"])
+def test_a_flag_takes_null(capsys: pytest.CaptureFixture[str], key: str) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", str(CONFIGS / "quickstart.yaml"), f"--model.{key}", "null", "--print_config"])
+    assert done.value.code == 0
+    value = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    for part in key.split("."):
+        value = value[part]
+    assert value is None
