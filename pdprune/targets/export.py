@@ -27,7 +27,7 @@ def export(run: Path, name: str, out: Path = SHIPPED, note: str = "") -> Path:
     """
     folder = out / name
     write_atomically(folder / WEIGHTS, read_bytes(run / "target" / WEIGHTS))
-    write_atomically(folder / CONFIG, _without_place(read_bytes(run / CONFIG)))
+    write_atomically(folder / CONFIG, without_place(read_bytes(run / CONFIG)))
     kind = toy_card if isinstance(load_target(folder).module, Toy) else language_card
     card = {**kind.model_card(folder), "note": note}
     write_atomically(folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())
@@ -35,7 +35,7 @@ def export(run: Path, name: str, out: Path = SHIPPED, note: str = "") -> Path:
     return folder
 
 
-def _without_place(config: bytes) -> bytes:
+def without_place(config: bytes) -> bytes:
     """A run's config without the folder it ran in, which is nobody else's business."""
     lines = config.decode().splitlines(keepends=True)
     return "".join(line for line in lines if not line.startswith("  default_root_dir:")).encode()
