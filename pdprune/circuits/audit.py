@@ -31,7 +31,7 @@ from pdprune.circuits.findings import (
     TaskScores,
 )
 from pdprune.decomposition import DecomposedModel
-from pdprune.errors import NonFiniteLossError, UserError
+from pdprune.errors import NonFiniteLossError, UserError, require_gradients
 from pdprune.losses import (
     LossFunction,
     answers,
@@ -115,6 +115,7 @@ def audit(
         UserError: for what does not fit together, for a budget below 4 restarts × 20 steps of 0.1, and (as
             `NonFiniteLossError`) for a loss that is NaN or infinite.
     """
+    require_gradients("audit")
     plan = _Plan.checked(Ascent(steps, step_size, restarts), search, ladder, second_attack, seed)
     _require_at_least(1, draws=draws)
     _require_at_least(0, random_circuits=random_circuits, max_ablated=max_ablated)

@@ -21,7 +21,7 @@ from pdprune.circuits.pruning import CircuitPruner, Learning, Search
 from pdprune.circuits.schemes import Draws, SchemeName
 from pdprune.circuits.selection import Selection
 from pdprune.decomposition import DecomposedModel
-from pdprune.errors import UserError
+from pdprune.errors import UserError, require_gradients
 from pdprune.loaders import FixedLoader
 from pdprune.losses import LossFunction
 
@@ -96,6 +96,7 @@ def prune(
         UserError: for arguments or batches that do not fit.
         NonFiniteLossError: if a loss becomes NaN or infinite.
     """
+    require_gradients("prune")
     _require_one_of("scheme", scheme, get_args(SchemeName))
     _require_one_of("search", search, get_args(Search))
     _require_count("steps", steps)

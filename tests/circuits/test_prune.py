@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pdprune.adversary.attack import Ascent
 from pdprune.adversary.opponent import TrainingAdversary
+from pdprune.circuits.audit import audit
 from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.gates import Sparsity
 from pdprune.circuits.prune import prune
 from pdprune.circuits.pruning import Learning
 from pdprune.circuits.schemes import Draws
-from pdprune.decomposition import DecomposedModel
+from pdprune.decomposition import DecomposedModel, decompose
 from pdprune.errors import NonFiniteLossError, UserError
 
 LIGHT = Ascent(steps=3, step_size=0.5, restarts=1, draws=2, flips=8)
@@ -361,3 +362,15 @@ def test_networks_without_positions_have_no_gates_or_sources_by_position() -> No
 def test_resampling_needs_another_example() -> None:
     with pytest.raises(UserError, match="has no other; give 'counterfactual'"):
         quick(token_model(), [token_batch(1)], target_nodes=2, reference="resample")
+
+
+def test_inference_mode_is_refused_and_no_grad_is_not() -> None:
+    batches = [torch.randn(8, 4, generator=torch.Generator().manual_seed(0))]
+    model = decompose(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), ["2"], "neuron")
+    with torch.inference_mode():
+        for call in (prune, audit):
+            with pytest.raises(UserError, match="inference_mode"):
+                call(model, *([] if call is prune else [{0}]), batches, loss="mse")
+    with torch.no_grad():
+        assert prune(model, batches, loss="mse", target_nodes=1, steps=2).n_kept == 1
+        assert audit(model, {0}, batches, loss="mse").n_kept == 1
