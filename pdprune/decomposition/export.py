@@ -41,8 +41,16 @@ TIMES = (1, 2, 4)
 """SVD is also shown with so many times the components of the learned decomposition."""
 
 
+WINDOWS = 32
+"""Of text that the card's attack must serve with one source. Of few it would fit the noise."""
+
+
 def export(
-    run: Path, against: Sequence[Path] = (), out: Path | None = None, checks: DecompositionChecks | None = None
+    run: Path,
+    against: Sequence[Path] = (),
+    out: Path | None = None,
+    checks: DecompositionChecks = DecompositionChecks(batches=2, ladder=[80]),
+    windows: int = WINDOWS,
 ) -> Path:
     """Write a decomposition's folder from the run folder of a finished training of a shipped target; returns it.
 
@@ -51,11 +59,11 @@ def export(
         against: others of the same target and sites, to be shown beside it.
         out: the folder; by default inside the package.
         checks: what the card's figures are taken on.
+        windows: in a batch of it.
 
     Raises:
         UserError: if a run folder lacks the decomposition or its config.
     """
-    checks = checks or DecompositionChecks(batches=8, ladder=[80])
     config = yaml.safe_load(read_bytes(run / CONFIG))
     target = config["model"]["init_args"]["target"]
     folder = out or SHIPPED / target / IN_RUN_FOLDER
@@ -67,7 +75,7 @@ def export(
         "command": f"python -m pdprune.train fit --config configs/decompose/{target}.yaml",
         "seed": config["seed_everything"],
         "steps": config["trainer"]["max_steps"],
-        **figures(run, against, checks),
+        **figures(run, against, checks, windows),
     }
     for name in (TENSOR_FILE, JSON_FILE):
         write_atomically(folder / name, read_bytes(run / IN_RUN_FOLDER / name))
@@ -77,10 +85,10 @@ def export(
     return folder
 
 
-def figures(run: Path, against: Sequence[Path], checks: DecompositionChecks) -> dict[str, Any]:
+def figures(run: Path, against: Sequence[Path], checks: DecompositionChecks, windows: int) -> dict[str, Any]:
     """The audits of a run's decomposition, of others and of SVD, on the same held-out text."""
     config = yaml.safe_load(read_bytes(run / CONFIG))
-    data = StdlibCorpus(**config["data"]["init_args"])
+    data = StdlibCorpus(**{**config["data"]["init_args"], "batch_size": windows})
     seed = config["seed_everything"]
     batches = held_out(data, checks.batches)
     learned = load_decomposition(run)

@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_ships_loads_and_its_card_compares_as_many_components(run: Path, tmp_path: Path) -> None:
-    folder = export(run, [run], tmp_path / "shipped", CHECKS)
+    folder = export(run, [run], tmp_path / "shipped", CHECKS, windows=2)
     learned = load_decomposition(folder)
     assert learned.target_name == "dense-py"
     assert learned.importances is not None
