@@ -339,8 +339,7 @@ def _speak_up() -> None:
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return its exit status: 2 for a mistake of the user's, told in one line."""
     _speak_up()
-    # Far below zero a GELU gives numbers that CPUs are a hundred times slower with: learning toys' components took three
-    # times as long.
+    # Far below zero a GELU gives denormal numbers, which slow CPUs down: a toy's components took three times as long.
     torch.set_flush_denormal(True)
     try:
         with _quiet_lightning():
