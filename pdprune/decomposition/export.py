@@ -49,7 +49,7 @@ def export(
     run: Path,
     against: Sequence[Path] = (),
     out: Path | None = None,
-    checks: DecompositionChecks = DecompositionChecks(batches=2, ladder=[80]),
+    checks: DecompositionChecks = DecompositionChecks(batches=1, ladder=[]),
     windows: int = WINDOWS,
 ) -> Path:
     """Write a decomposition's folder from the run folder of a finished training of a shipped target; returns it.
@@ -142,6 +142,7 @@ def keeping(model: DecomposedModel, counts: Mapping[str, int]) -> Gates:
 def card_text(card: Mapping[str, Any]) -> str:
     """The card to read, from the one for machines."""
     attack, first = card["attack"], card["rows"][0]
+    longer = f"; after the semicolon {rungs(first)[-1]} steps" if rungs(first) else ""
     sites = "\n".join(
         f"| {name} | {site['n_components']} | {site['alive']} | {site['l0']:.1f} | {site['left_over']:.2%} |"
         for name, site in first["sites"].items()
@@ -166,8 +167,7 @@ KL to the model's own predictions in nats a byte, on {card["n_examples"]} held-o
 - Complete: all that does not matter is ablated.
 - Stochastic: it is partly ablated, by chance, token by token.
 - Adversarial: it is partly ablated, the same way at all tokens of {card["batch_size"]} windows, so as to hurt most:
-  {attack["restarts"]} restarts of {attack["steps"]} sign steps of {attack["step_size"]}; after the semicolon
-  {max(rungs(first), default=attack["steps"])} steps.
+  {attack["restarts"]} restarts of {attack["steps"]} sign steps of {attack["step_size"]}{longer}.
 
 | components | all | alive | mean L0 | complete | stochastic | adversarial |
 |---|---|---|---|---|---|---|
