@@ -18,7 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pdprune.errors import NonFiniteLossError
 from pdprune.files import write_atomically
 from pdprune.loggers import MetricsCsv, wandb_logger
+from pdprune.ranks import save_checkpoint_alone
 from pdprune.run_folder import RunFolder
+from pdprune.signals import StopSignals, requeue_job
 
 
 class OpenRunFolder(SaveConfigCallback):
@@ -76,6 +78,9 @@ class OpenRunFolder(SaveConfigCallback):
 class RunCheckpoint(Checkpoint):
     """Saves `checkpoints/last.ckpt` every few steps and keeps the one before as `previous.ckpt`.
 
+    On SIGTERM, or when SLURM warns that it will stop the job, it saves after the step that is under way, and ends the
+    fit before the next, validation included if that is due; in the second case the job is then queued again.
+
     Args:
         every_n_steps: a checkpoint is saved each time so many optimiser steps (`trainer.global_step`) have been made,
             and at the end.
@@ -86,27 +91,42 @@ class RunCheckpoint(Checkpoint):
             raise ValueError(f"checkpoint.every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self._saved_at_step = 0
+        self._signals = StopSignals()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved_at_step = checkpoint["global_step"]
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._signals.listen(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._stop_if_told()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step - self._saved_at_step >= self.every_n_steps:
+        self._signals.agree(trainer)
+        if self._signals.stop or trainer.global_step - self._saved_at_step >= self.every_n_steps:
             self._log_step_before_saving(trainer)
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step > self._saved_at_step:
             self._save(trainer)
+        self._stop_if_told()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """SIGTERM comes between two batches, where a checkpoint is whole; a non-finite loss leaves one to look into."""
-        if isinstance(exception, SIGTERMException):
-            self._save(trainer)
+        """Queue the job again if that was asked for; a non-finite loss leaves a checkpoint to look into."""
+        if not trainer.is_global_zero:
+            return
+        if isinstance(exception, SIGTERMException) and self._signals.requeue:
+            requeue_job()
         elif isinstance(exception, NonFiniteLossError):
-            trainer.save_checkpoint(RunFolder(trainer.default_root_dir).non_finite)
+            save_checkpoint_alone(trainer, RunFolder(trainer.default_root_dir).non_finite)
+
+    def _stop_if_told(self) -> None:
+        if self._signals.stop:
+            raise SIGTERMException
 
     def _save(self, trainer: Trainer) -> None:
         if cast(Any, trainer).fast_dev_run:

@@ -10,7 +10,7 @@ class StepLoader:
     It goes on where it stopped: the next pass, or a run resumed from a checkpoint, starts at the next batch number.
     Lightning saves and restores the number through `state_dict` and `load_state_dict`; the length lets it do
     without prefetching, which would skip a batch on resuming. Holding no sampler, it is left alone by Lightning's
-    `use_distributed_sampler`: which slice a rank takes is the business of `batch_at`.
+    `use_distributed_sampler`: which share of a batch a rank takes is the business of `batch_at` (see `ranks.py`).
     """
 
     def __init__(self, batch_at: Callable[[int], Any], steps_per_pass: int) -> None:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from pdprune.errors import UserError
 from pdprune.files import write_atomically
@@ -143,7 +143,7 @@ class RunFolder:
                 damaged.append(path)
                 continue
             if damaged:
-                warnings.warn(f"{damaged[0]} cannot be read; going on from {path}", stacklevel=2)
+                rank_zero_warn(f"{damaged[0]} cannot be read; going on from {path}", category=UserWarning)
             return path
         if damaged:
             raise UserError(

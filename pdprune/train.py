@@ -5,15 +5,17 @@
     test       the audit, on the held-out split
     predict    predictions.jsonl: the answers, prompt by prompt
 
-A run writes into `--trainer.default_root_dir`, by default `runs/<name of the last --config>`. `fit --ckpt_path last`
-goes on from where a run was stopped; a finished run is replaced only with `--overwrite`. The other commands read
-`last.ckpt` of that folder unless `--ckpt_path` names another checkpoint.
+A run writes into `--trainer.default_root_dir`, by default `runs/<name of the last --config>`, not counting those of a
+folder `trainer/`, which say where it is made and not what. `fit --ckpt_path last` goes on from where a run was stopped;
+a finished run is replaced only with `--overwrite`. The other commands read `last.ckpt` of that folder unless
+`--ckpt_path` names another checkpoint.
 
 What a model may define beyond a LightningModule:
 
     finish(datamodule, folder: Path) -> None
-        called when training is over, on every rank, also in a run that is resumed after its last step: writes the
-        results. It must be deterministic, so that a kill in the middle of it can be made good by doing it again.
+        called when training is over, on every rank, also in a run that is resumed after its last step: the first rank
+        writes the results. It must be deterministic, so that a kill in the middle of it can be made good by doing it
+        again, and no rank may wait for another, since the others leave at once.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from pdprune.callbacks import LogEachValueOnce, OpenRunFolder, RunCheckpoint, St
 from pdprune.config_errors import Given, explain
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.files import write_atomically
+from pdprune.ranks import is_first_process, require_as_many_as_launched
 from pdprune.run_folder import AtomicCheckpointIO, RunFolder, read_checkpoint
 
 TRAINER_DEFAULTS = {
@@ -197,7 +200,7 @@ class PdpruneCLI(LightningCLI):
         newest = self.folder.newest_readable_checkpoint()
         if newest is None and not is_fit:
             raise UserError(f"no checkpoint in {self.folder.checkpoints}; name one with --ckpt_path PATH")
-        if newest is None:
+        if newest is None and is_first_process():
             print(f"No checkpoint in {self.folder.checkpoints} yet: starting from the beginning.", file=sys.stderr)
         return newest
 
@@ -242,6 +245,7 @@ class PdpruneCLI(LightningCLI):
 
     def _run(self, command: str, model: LightningModule, kwargs: dict[str, Any]) -> Any:
         kwargs["ckpt_path"] = None if self._checkpoint is None else str(self._checkpoint)
+        require_as_many_as_launched(self.trainer)
         try:
             return getattr(self.trainer, command)(model, **kwargs, weights_only=True)
         except NonFiniteLossError as error:
@@ -279,8 +283,11 @@ def config_files(args: list[str]) -> list[str]:
 
 
 def default_run_folder(args: list[str]) -> str:
-    """`runs/` and the name of the last `--config` file: an overlay names the variant that it makes."""
-    configs = config_files(args)
+    """`runs/` and the name of the last `--config` file: an overlay names the variant that it makes.
+
+    One in a folder `trainer/` makes none: what was begun on one machine goes on on another.
+    """
+    configs = [file for file in config_files(args) if Path(file).absolute().parent.name != "trainer"]
     return f"runs/{Path(configs[-1]).stem}" if configs else "runs/unnamed"
 
 
@@ -325,6 +332,7 @@ def _quiet_lightning() -> Iterator[None]:
             "ignore", message=".*in eval mode at the start of training.*"
         )  # as they are meant to be
         warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged is the same on every rank
         yield
 
 
@@ -345,7 +353,8 @@ def main(args: list[str] | None = None) -> int:
         with _quiet_lightning():
             PdpruneCLI(sys.argv[1:] if args is None else args)
     except SIGTERMException:
-        print("pdprune: stopped by SIGTERM; go on with --ckpt_path last", file=sys.stderr)
+        if is_first_process():
+            print("pdprune: stopped by SIGTERM; go on with --ckpt_path last", file=sys.stderr)
         return 128 + signal.SIGTERM
     except (UserError, MisconfigurationException) as error:
         print("pdprune: error:", " ".join(str(error).split()), file=sys.stderr)

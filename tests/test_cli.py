@@ -156,6 +156,7 @@ def test_run_folder_is_known_while_values_are_interpolated() -> None:
         (["fit", "--config", "configs/quickstart.yaml"], "runs/quickstart"),
         (["fit", "--config=a/b.yaml", "-c", "c/d.yml", "--model.x", "1"], "runs/d"),
         (["fit", "-c", "c/d.yml", "--config=a/b.yaml"], "runs/b"),
+        (["fit", "--config", "a/b.yaml", "--config", "configs/trainer/ddp.yaml"], "runs/b"),
         (["fit"], "runs/unnamed"),
     ],
 )
@@ -192,9 +193,11 @@ def test_killed_again_and_again_at_random_moments(uninterrupted: dict[str, Any])
     assert results("runs/toy") == uninterrupted
 
 
-def test_sigterm_saves_and_can_be_resumed(uninterrupted: dict[str, Any]) -> None:
-    assert in_a_child(lambda: fit("--model.terminate_at", "33")) == 128 + signal.SIGTERM
-    assert torch.load("runs/toy/checkpoints/last.ckpt", weights_only=True)["global_step"] == 34
+@pytest.mark.parametrize("step", [33, 34])
+def test_sigterm_saves_and_can_be_resumed(step: int, uninterrupted: dict[str, Any]) -> None:
+    """The second at the last batch of an epoch."""
+    assert in_a_child(lambda: fit("--model.terminate_at", str(step))) == 128 + signal.SIGTERM
+    assert torch.load("runs/toy/checkpoints/last.ckpt", weights_only=True)["global_step"] == step + 1
     assert fit("--ckpt_path", "last") == 0
     assert results("runs/toy") == uninterrupted
 

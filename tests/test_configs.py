@@ -13,11 +13,22 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = {
     "quickstart-complete.yaml": "quickstart.yaml",
     "decompose/dense-py-all.yaml": "decompose/dense-py.yaml",
+    "trainer/cpu.yaml": "quickstart.yaml",
 }
 """Configs that are layered on top of another one."""
+OTHER_MACHINES = {
+    "trainer/gpu.yaml": "No supported gpu backend found",
+    "trainer/ddp.yaml": None,
+    "trainer/fsdp.yaml": "No supported gpu backend found",
+    "trainer/slurm.yaml": "No supported gpu backend found",
+}
+"""Overlays that ask for more than a machine may have, and how that is told; None runs, in test_cli_ranks."""
 
 
-@pytest.mark.parametrize("name", sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")))
+@pytest.mark.parametrize(
+    "name",
+    sorted({str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} - OTHER_MACHINES.keys()),
+)
 def test_config_runs_a_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     layers = [OVERLAYS[name], name] if name in OVERLAYS else [name]
@@ -39,3 +50,26 @@ def test_a_flag_takes_null(capsys: pytest.CaptureFixture[str], key: str) -> None
     for part in key.split("."):
         value = value[part]
     assert value is None
+
+
+@pytest.mark.parametrize("name", OTHER_MACHINES)
+def test_overlay_for_other_machines_parses_and_is_refused_in_a_line_where_it_cannot_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    arguments = ["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(CONFIGS / name)]
+    with pytest.raises(SystemExit) as printed:
+        main([*arguments, "--print_config"])
+    assert not printed.value.code
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert trainer["devices"] in (1, "auto") and trainer["default_root_dir"] == "runs/quickstart"
+    assert trainer["num_nodes"] == (2 if name == "trainer/slurm.yaml" else 1)
+    wrong = OTHER_MACHINES[name]
+    if wrong is not None:
+        assert main(arguments) == 2
+        told = capsys.readouterr().err
+        assert wrong in told and told.count("\n") == 1
+        assert not list(tmp_path.iterdir())

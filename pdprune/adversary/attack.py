@@ -99,6 +99,9 @@ def attack(
 ) -> Worst:
     """Look for the source that hurts most.
 
+    On several ranks, in the scopes where each has groups of its own, only without the discrete stage and `stop_above`:
+    both look at this rank's groups alone.
+
     Args:
         game: what is attacked.
         ascent: the budget.
@@ -112,7 +115,7 @@ def attack(
     ones = game.corner(1.0)
     with torch.no_grad():
         worst = Worst(game, ones, game.loss(ones))
-    if not bool(game.free.any()):
+    if not game.has_choices:
         return worst
     for _ in _moves(worst, ascent, rng, pool):
         if stop_above is not None and worst.loss > stop_above:

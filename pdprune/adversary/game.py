@@ -22,6 +22,9 @@ class Game:
     the leading dimensions that the scope allows. Groups are what the adversary may choose for separately: the examples
     in the scopes `example` and `example_position`, and everything together otherwise. G is their number.
 
+    Where several ranks share the batch, groups are this rank's examples; or else losses, gradients and what is free are
+    those of the whole batch, the same on all ranks.
+
     Args:
         losses: the batches that one source is for: one of them, or all of a data set under `universal`.
         gates: `[n]`, or `[T, n]`, `[B, T, n]`, of each batch; 1 is kept.
@@ -50,13 +53,21 @@ class Game:
         self.lead = _lead_of(scope, losses[0])
         self.separable = scope in ("example", "example_position")
         self.n_groups = losses[0].size if self.separable else 1
+        self.ranks = losses[0].ranks
         self.free = self._free(model.delta_sites)
 
     def _free(self, delta_sites: Bool[Tensor, " s"]) -> Bool[Tensor, "*lead E"]:
         """Which entries the adversary may move: those of nodes not wholly kept, and of deltas that are not zero."""
         nodes = torch.stack([_reduce_to(gates < 1, self.lead) for gates in self.gates]).any(0)
+        if not self.separable:
+            nodes = self.ranks.any(nodes)
         deltas = delta_sites.to(nodes.device).expand(*self.lead, -1)
         return torch.cat([nodes, deltas], dim=-1)
+
+    @property
+    def has_choices(self) -> bool:
+        """Whether there is anything, on any rank, that the adversary may move."""
+        return self._anywhere(self.free.any())
 
     def source(self, entries: Float[Tensor, "*lead E"]) -> Float[Tensor, "*lead n"]:
         return entries[..., : self.n_nodes]
@@ -66,16 +77,22 @@ class Game:
 
     def loss(self, entries: Float[Tensor, "*lead E"]) -> Float[Tensor, " G"]:
         """Each group's loss when the adversary plays `entries`."""
-        total = sum(loss.size for loss in self.losses)
+        total = sum(loss.whole_size for loss in self.losses)
         groups = []
         for loss, gates in zip(self.losses, self.gates, strict=True):
             mask = gates + (1 - gates) * self.source(entries)
             per_example = loss.per_example(mask, self.delta_source(entries))
+            share = loss.whole_size / total
+            groups.append(per_example if self.separable else loss.mean(per_example).reshape(1) * share)
             # NaN compares false with everything: unnoticed, it would look like a source that does not hurt.
-            if not bool(torch.isfinite(per_example.detach()).all()):
+            if self._anywhere(~torch.isfinite(groups[-1].detach()).all()):
                 raise NonFiniteLossError("loss: it is NaN or infinite with nodes ablated; expected finite numbers")
-            groups.append(per_example if self.separable else per_example.mean(0, keepdim=True) * (loss.size / total))
         return groups[0] if len(groups) == 1 else torch.stack(groups).sum(0)
+
+    def mean_loss(self, entries: Float[Tensor, "*lead E"]) -> Float[Tensor, ""]:
+        """The loss of the whole batch when the adversary plays `entries`."""
+        groups = self.loss(entries)
+        return self.losses[0].mean(groups) if self.separable else groups.mean()
 
     def loss_and_gradient(
         self, entries: Float[Tensor, "*lead E"]
@@ -84,8 +101,13 @@ class Game:
         leaf = entries.detach().requires_grad_()
         with torch.enable_grad():
             loss = self.loss(leaf)
-            (gradient,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True, materialize_grads=True)
-        return loss.detach(), gradient.masked_fill(~self.free, 0)
+            scaled = self.losses[0].scale.scaled(loss.sum())
+            (gradient,) = torch.autograd.grad(scaled, leaf, allow_unused=True, materialize_grads=True)
+        return loss.detach(), self.gradient(gradient).masked_fill(~self.free, 0)
+
+    def gradient(self, own: Float[Tensor, "*lead E"]) -> Float[Tensor, "*lead E"]:
+        """The gradient on entries, from what this rank's backward pass from a scaled loss has left on them."""
+        return self.losses[0].scale.unscaled(own if self.separable else self.ranks.mean(own))
 
     def project(self, entries: Float[Tensor, "*lead E"]) -> Float[Tensor, "*lead E"]:
         """The nearest allowed source: in the box, 1 where nothing is free, within the budget of ablated nodes."""
@@ -100,8 +122,20 @@ class Game:
 
     def draw(self, rng: torch.Generator, *, coins: bool) -> Float[Tensor, "*lead E"]:
         """A random source: uniform on [0,1], or fair coins."""
-        uniform = torch.rand(self.free.shape, generator=rng).to(self.free.device)
+        uniform = self.uniform(rng).to(self.free.device)
         return self.project(uniform.round() if coins else uniform)
+
+    def uniform(self, rng: torch.Generator) -> Float[Tensor, "*lead E"]:
+        """Numbers uniform on [0,1], an entry each; examples that ranks share have those that one process would draw."""
+        if not self.separable:
+            return torch.rand(self.free.shape, generator=rng)
+        whole = (self.losses[0].whole_size, *self.free.shape[1:])
+        drawn: Tensor = self.ranks.share(torch.rand(whole, generator=rng))
+        return drawn
+
+    def _anywhere(self, flag: Bool[Tensor, ""]) -> bool:
+        """Whether a flag is up on some rank; where all ranks have the same groups it is the same on all of them."""
+        return bool(self.ranks.any(flag) if self.separable else flag)
 
     def grouped(self, entries: Tensor) -> Tensor:
         """`[G, X]`: all entries of a group in one row."""

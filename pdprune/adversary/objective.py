@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pdprune.batches import Batch, first_tensor, output_of, to_device
+from pdprune.batches import Batch, as_batch, first_tensor, output_of, to_device
 from pdprune.decomposition import DecomposedModel, mean_reference, resample_reference
 from pdprune.decomposition.model import Observed
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.losses import LossFunction, loss_function
+from pdprune.precision import UNSCALED, LossScale
+from pdprune.ranks import ALONE, Ranks
 from pdprune.seeding import generator
 
 ReferenceKind = Literal["zero", "mean", "position_mean", "resample"]
@@ -53,19 +55,31 @@ class Reference:
             case _:
                 raise UserError(f"reference: got {kind!r}; expected one of {', '.join(get_args(ReferenceKind))}")
 
-    def on(self, model: DecomposedModel, batch: Batch, index: int = 0) -> ReferenceInputs | None:
-        """The reference input of every site for one batch, the `index`-th of its split; None is zero."""
+    def on(self, model: DecomposedModel, batch: Batch, index: int = 0, ranks: Ranks = ALONE) -> ReferenceInputs | None:
+        """The reference input of every site for one batch, the `index`-th of its split; None is zero.
+
+        Of a batch that `ranks` share, this rank's part is given; another example may be any of the whole.
+        """
         if self.kind != "resample":
-            return self.means
+            return None if self.means is None else to_device(self.means, model.delta_sites.device)
         if batch.counterfactual is not None:
             return resample_reference(model, batch.inputs, batch.counterfactual)
-        return resample_reference(model, batch.inputs, _other_examples(batch, self.seed, index).inputs)
+        return resample_reference(model, batch.inputs, _other_examples(batch, self.seed, index, ranks).inputs)
 
 
 class MaskedLoss:
     """The loss of one batch under masks, against the unablated target on that batch.
 
     The target runs once, here, unless it was already observed on these inputs; each call runs the masked model.
+
+    Args:
+        model: the target and its components.
+        batch: the examples; where several ranks share a batch, this one's.
+        loss: `kl`, `ce`, `mse` or a function.
+        reference: what ablated parts are replaced by, by site; None is zero.
+        observed: the target's run on the batch, if there was one.
+        ranks: who shares the batch.
+        scale: for gradients in float16.
     """
 
     def __init__(
@@ -75,10 +89,14 @@ class MaskedLoss:
         loss: str | LossFunction = "kl",
         reference: ReferenceInputs | None = None,
         observed: Observed | None = None,
+        ranks: Ranks = ALONE,
+        scale: LossScale = UNSCALED,
     ) -> None:
         self.model = model
         self.batch: Batch = to_device(batch, model.delta_sites.device)
         self.reference = reference
+        self.ranks = ranks
+        self.scale = scale
         self._loss: Callable[[Tensor, Tensor, Batch], Tensor] = loss_function(loss)
         self._observed = observed
         with torch.no_grad():
@@ -90,6 +108,13 @@ class MaskedLoss:
     @property
     def size(self) -> int:
         return self.batch.size
+
+    @cached_property
+    def whole_size(self) -> int:
+        """The number of examples on all ranks together."""
+        if self.ranks.count == 1:
+            return self.size
+        return int(self.ranks.sum(torch.tensor(self.size, device=self.target_output.device)))
 
     @cached_property
     def leading_shape(self) -> tuple[int, ...]:
@@ -117,6 +142,10 @@ class MaskedLoss:
         """
         return self._loss(self.output(mask, delta_mask, sites), self.target_output, self.batch)
 
+    def mean(self, per_example: Float[Tensor, " B"]) -> Float[Tensor, ""]:
+        """The mean over the examples of the whole batch, on all ranks."""
+        return self.ranks.mean(per_example.mean(), self.size)
+
 
 def masked_losses(
     model: DecomposedModel, batches: Sequence[Batch], loss: str | LossFunction, reference: Reference
@@ -134,11 +163,12 @@ def by_size(losses: Sequence[MaskedLoss], values: Sequence[Any]) -> float:
     return float(sum(loss.size * float(value) for loss, value in zip(losses, values, strict=True)) / total)
 
 
-def _other_examples(batch: Batch, seed: int, index: int) -> Batch:
-    """The batch in an order in which no example meets itself."""
-    if batch.size < 2:
+def _other_examples(batch: Batch, seed: int, index: int, ranks: Ranks) -> Batch:
+    """The batch in an order in which no example meets itself; of one that ranks share, this rank's part."""
+    whole = batch if ranks.count == 1 else as_batch(ranks.gather(batch.raw))
+    if whole.size < 2:
         raise UserError("reference 'resample': a batch of one example has no other; give 'counterfactual' inputs")
-    order = torch.randperm(batch.size, generator=generator(seed, "resample", index))
+    order = torch.randperm(whole.size, generator=generator(seed, "resample", index))
     other = torch.empty_like(order)
     other[order] = order.roll(1)
-    return batch.select(other.to(first_tensor(batch.inputs).device))
+    return whole.select(ranks.share(other).to(first_tensor(batch.inputs).device))

@@ -42,7 +42,9 @@ from pdprune.decomposition import DecomposedModel
 from pdprune.decomposition.settings import Decomposition
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.losses import LossFunction, loss_function, loss_name
+from pdprune.precision import Compute, LossScale, computing_in, require_compute, require_float32_parameters
 from pdprune.progress import telling
+from pdprune.ranks import Ranks, leave_out_of_ddp, require_whole_model, save_checkpoint_alone
 from pdprune.run_folder import RunFolder
 from pdprune.seeding import generator
 
@@ -84,6 +86,8 @@ class AuditSettings:
         ladder: budgets to attack with besides, in steps.
         second: whether an attack of another kind follows.
         test_ladder: the ladder of `test`, which always has the second attack.
+        compute: what selection and audit compute matrix products in, whatever `trainer.precision` is: `float32`,
+            `bfloat16` or `float16`.
     """
 
     draws: int = 32
@@ -91,6 +95,10 @@ class AuditSettings:
     ladder: tuple[int, ...] = ()
     second: bool = False
     test_ladder: tuple[int, ...] = (20, 80, 320)
+    compute: Compute = "float32"
+
+    def __post_init__(self) -> None:
+        require_compute("audit: compute", self.compute)
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,9 @@ class CircuitPruner(LightningModule):
     Target and components are frozen. In manual optimisation each batch is one *keep step*: the adversary
     (`opponent.py`) climbs on its sources against detached gates, then the gates descend against its detached choice. So
     `trainer.global_step` counts keep steps. After training, `select` turns gates into a binary circuit.
+
+    On several ranks a batch is shared out, and all hold the same gates, sources and price. The first one alone selects
+    and audits; the others are done then.
 
     Args:
         decomposition: the target and its components; or the decomposed model itself, from Python.
@@ -232,6 +243,7 @@ class CircuitPruner(LightningModule):
         self.selected: Selected | None = None
         self._scored_all = False
         self._reference: Reference | None = None
+        self._loss_scale = LossScale()
         if scheme == "adversarial" and adversary.mode != "fresh" and scope in ("example", "example_position"):
             raise UserError(
                 f"adversary: mode {adversary.mode!r} carries sources from batch to batch; scope {scope!r} cannot"
@@ -274,6 +286,11 @@ class CircuitPruner(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: the data are there now."""
+        if self._trainer is not None:
+            require_whole_model(self.trainer)
+            require_float32_parameters(self.trainer)
+            self._loss_scale = LossScale.of(self.trainer)
+        leave_out_of_ddp(self, self.model)
         if self._reference is None:
             data = getattr(self.trainer, "datamodule", None)
             assert data is not None, "a CircuitPruner reads its splits from a LightningDataModule"
@@ -288,14 +305,12 @@ class CircuitPruner(LightningModule):
     def training_step(self, raw: Any, index: int) -> None:
         """The adversary ascends, the gates descend, and the price of a node follows the objective."""
         step = self.global_step
-        batch = as_batch(raw)
-        assert self._reference is not None
-        loss = MaskedLoss(self.model, batch, self.loss, self._reference.on(self.model, batch, step))
+        loss = self._shared_loss(as_batch(raw), step)
         gates = self.gate_map.gates(self.theta, generator(self.seed, "gate-noise", step))
         entries = self._sources(Game([loss], [gates.detach()], self.scope, self.adversary.max_ablated), step)
 
         game = Game([loss], [gates], self.scope)
-        data_loss = game.loss(entries).mean()
+        data_loss = game.mean_loss(entries)
         price = self.learning.sparsity(self.gate_map.presence(self.theta), self.progress)
         total = data_loss * self._loss_weight() + self._price(float(data_loss.detach())) * price
         self._stop_if_not_finite(total, step)
@@ -303,12 +318,20 @@ class CircuitPruner(LightningModule):
         optimizer = cast(LightningOptimizer, self.optimizers())
         optimizer.zero_grad()
         self.manual_backward(total)
-        optimizer.step()
-        self._remember_gates()
         if entries.grad is not None:
-            self.opponent.learn(game, step, entries.grad)
+            self.opponent.learn(game, step, game.gradient(entries.grad))
+        optimizer.step()
+        self._loss_scale.after_step()
+        self._remember_gates()
         self.selected = None
         self._log_step(loss, data_loss.detach(), step)
+
+    def _shared_loss(self, batch: Batch, step: int) -> MaskedLoss:
+        """The loss of a training batch, of which `batch` is this rank's share."""
+        assert self._reference is not None
+        ranks = Ranks.of(self.trainer)
+        reference = self._reference.on(self.model, batch, step, ranks)
+        return MaskedLoss(self.model, batch, self.loss, reference, ranks=ranks, scale=self._loss_scale)
 
     def _sources(self, game: Game, step: int) -> Float[Tensor, "*lead E"]:
         """What is done to the not-kept nodes at this keep step: by the adversary's choice, by chance, or ablation."""
@@ -379,8 +402,8 @@ class CircuitPruner(LightningModule):
         game = Game([loss], [keep], self.scope)
         with torch.no_grad():
             drawn = self.draws.entries(game, generator(self.seed, "display", step))
-            complete, stochastic = game.loss(torch.zeros_like(drawn)), game.loss(drawn)
-        return {"complete": float(complete.mean()), "stochastic": float(stochastic.mean())}
+            complete, stochastic = game.mean_loss(torch.zeros_like(drawn)), game.mean_loss(drawn)
+        return {"complete": float(complete), "stochastic": float(stochastic)}
 
     # -- from gates to a circuit -----------------------------------------------------------------------------------
 
@@ -462,15 +485,18 @@ class CircuitPruner(LightningModule):
         """Write the circuit and its audit into the run folder; the last thing that `fit` does.
 
         The circuit goes into the checkpoint as well, so that a run killed in its audit need not choose again, and the
-        other commands read it from there.
+        other commands read it from there. Only the first rank does this, without a word to the others.
         """
-        if self.selected is None:
-            with telling("selection") as tell:
-                self.select(
-                    datamodule, lambda doing, scored, kept: tell(f"{doing}, {scored} circuits scored, {kept} kept")
-                )
-            self.trainer.save_checkpoint(RunFolder(folder).last)
-        if self.trainer.is_global_zero:
+        if not self.trainer.is_global_zero:
+            return
+        self.to(self.trainer.strategy.root_device)  # which Lightning has just moved it away from
+        with computing_in(self.audit.compute, self.device):
+            if self.selected is None:
+                with telling("selection") as tell:
+                    self.select(
+                        datamodule, lambda doing, scored, kept: tell(f"{doing}, {scored} circuits scored, {kept} kept")
+                    )
+                save_checkpoint_alone(self.trainer, RunFolder(folder).last)
             self._write_audited(datamodule, folder, self.audit.ladder, second=self.audit.second)
 
     def _write_audited(self, data: AuditedData, folder: Path, ladder: Sequence[int], *, second: bool) -> Audit:
@@ -514,45 +540,51 @@ class CircuitPruner(LightningModule):
         """The circuit's loss on a batch of the select split, under each scheme."""
         assert self._reference is not None
         batch = as_batch(raw)
-        loss = MaskedLoss(self.model, batch, self.loss, self._reference.on(self.model, batch, index))
         keep = self._keep()
-        worst = attack(Game([loss], [keep], self.scope), self.attack, generator(self.seed, "validate", index))
-        values = self._scheme_losses(loss, keep, index) | {"adversarial": worst.loss, "kept": float(keep.sum())}
+        with computing_in(self.audit.compute, self.device):
+            loss = MaskedLoss(self.model, batch, self.loss, self._reference.on(self.model, batch, index))
+            worst = attack(Game([loss], [keep], self.scope), self.attack, generator(self.seed, "validate", index))
+            values = self._scheme_losses(loss, keep, index) | {"adversarial": worst.loss, "kept": float(keep.sum())}
         self.log_dict({f"select/{name}": value for name, value in values.items()}, batch_size=loss.size)
 
     def test_step(self, raw: Any, index: int) -> None:
         """Nothing by itself: the audit, at the end, needs the whole split."""
 
     def on_test_epoch_end(self) -> None:
-        """The audit with its ladder of budgets and its second attack."""
+        """The audit with its ladder of budgets and its second attack, on the first rank; the others wait."""
+        if not self.trainer.is_global_zero:
+            return
         data = cast(Any, self.trainer).datamodule
-        if self.selected is None:
-            self.select(data)
-        if self.trainer.is_global_zero:
+        with computing_in(self.audit.compute, self.device):
+            if self.selected is None:
+                self.select(data)
             folder = Path(self.trainer.default_root_dir)
             found = self._write_audited(data, folder, self.audit.test_ladder, second=True)
-            self.log_dict(
-                {
-                    "test/complete": found.complete_loss,
-                    "test/stochastic": found.stochastic.mean,
-                    "test/adversarial": found.adversarial.loss,
-                    "test/kept": float(found.n_kept),
-                },
-                rank_zero_only=True,
-            )
+        self.log_dict(
+            {
+                "test/complete": found.complete_loss,
+                "test/stochastic": found.stochastic.mean,
+                "test/adversarial": found.adversarial.loss,
+                "test/kept": float(found.n_kept),
+            },
+            rank_zero_only=True,
+        )
 
     def predict_step(self, raw: Any, index: int) -> list[dict[str, Any]]:
-        """What the target and the circuit alone answer, prompt by prompt."""
+        """What the target and the circuit alone answer, prompt by prompt; the first rank answers them all."""
+        if not self.trainer.is_global_zero:
+            return []
         data = cast(Any, self.trainer).datamodule
-        if self.selected is None:
-            self.select(data)
         assert self._reference is not None
         batch = as_batch(raw)
-        loss = MaskedLoss(self.model, batch, self.loss, self._reference.on(self.model, batch, index))
         prompts = data.prompts("held_out")[index * data.audit_batch_size :][: batch.size]
         deltas = torch.zeros(self.model.n_sites, device=self.theta.device)
-        with torch.no_grad():
-            circuit_output = loss.output(self._keep(), deltas)
+        with computing_in(self.audit.compute, self.device):
+            if self.selected is None:
+                self.select(data)
+            loss = MaskedLoss(self.model, batch, self.loss, self._reference.on(self.model, batch, index))
+            with torch.no_grad():
+                circuit_output = loss.output(self._keep(), deltas)
         return prediction_records(prompts, batch, loss.target_output, circuit_output, data.target.tokenizer)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------

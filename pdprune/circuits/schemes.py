@@ -48,7 +48,7 @@ class Draws:
 
     def entries(self, game: Game, rng: torch.Generator) -> Float[Tensor, "*lead E"]:
         """One random source for a game: nodes, then deltas."""
-        uniform = torch.rand(game.free.shape, generator=rng)
+        uniform = game.uniform(rng)
         drawn = uniform if self.distribution == "uniform" else (uniform < self.p).float()
         return game.project(drawn.to(game.free.device))
 

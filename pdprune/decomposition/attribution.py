@@ -35,12 +35,14 @@ class TopK:
             raise UserError("attribution: active must be more than 0, directions at least 1")
 
     def gates(self, loss: MaskedLoss, rng: torch.Generator) -> Float[Tensor, "*lead n"]:
-        """1 for the `active` most attributed components a token, counted over the batch; 0 for the others."""
-        squares = attributions(loss, self.directions, rng)
+        """1 for the `active` most attributed components a token, counted over the whole batch; 0 for the others."""
+        squares = loss.ranks.gather(attributions(loss, self.directions, rng))
         n_tokens = squares[..., 0].numel()
         n_kept = min(squares.numel(), max(1, round(self.active * n_tokens)))
         kept = squares.flatten().topk(n_kept).indices
-        return torch.zeros_like(squares.flatten()).scatter(0, kept, 1.0).reshape(squares.shape)
+        gates = torch.zeros_like(squares.flatten()).scatter(0, kept, 1.0).reshape(squares.shape)
+        own: Tensor = loss.ranks.share(gates)
+        return own
 
 
 def attributions(loss: MaskedLoss, directions: int, rng: torch.Generator) -> Float[Tensor, "*lead n"]:
@@ -56,10 +58,10 @@ def attributions(loss: MaskedLoss, directions: int, rng: torch.Generator) -> Flo
     if outputs.numel() <= directions:
         weights = torch.eye(outputs.numel()).reshape(-1, *outputs)
     else:
-        signs = torch.randint(0, 2, (directions, *output.shape), generator=rng) * 2.0 - 1
-        weights = signs / math.sqrt(directions)
+        signs = torch.randint(0, 2, (directions, loss.whole_size, *outputs), generator=rng) * 2.0 - 1
+        weights = loss.ranks.share(signs, dim=1) / math.sqrt(directions)
     squares = torch.zeros_like(mask)
     for weight in weights.to(output):
-        (gradient,) = torch.autograd.grad((output * weight).sum(), mask, retain_graph=True)
+        (gradient,) = torch.autograd.grad(output, mask, weight.expand_as(output), retain_graph=True)
         squares += gradient.square()
-    return squares.detach()
+    return squares

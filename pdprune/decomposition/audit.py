@@ -43,12 +43,16 @@ from pdprune.metrics import (
     MeanMaxCosineSimilarity,
     Reconstruction,
 )
+from pdprune.precision import Compute, require_compute
 from pdprune.progress import Tell
 from pdprune.targets.toy_data import single_features
 from pdprune.targets.toys import TMS, ResidualMLP
 
 SCHEMA = "pdprune.decomposition-audit/1"
 AUDIT_FILE = "decomposition_audit.json"
+
+ONE_RANK = {"sync_on_compute": False}
+"""For metrics: the first rank audits alone, and nobody would answer."""
 
 Gates = Callable[[Batch, int], Float[Tensor, "*lead n"]]
 """What is kept of each node on a batch, the `int`-th of its split."""
@@ -63,14 +67,17 @@ class DecompositionChecks:
         attack: the adversary's budget; one source must serve all of a batch.
         ladder: longer budgets, in steps, to see whether it had converged; none for none.
         draws: random sources a batch.
+        compute: what matrix products are computed in, whatever `trainer.precision` is.
     """
 
     batches: int = 2
     attack: Ascent = field(default_factory=Ascent)
     ladder: list[int] = field(default_factory=lambda: [80, 320])
     draws: int = 8
+    compute: Compute = "float32"
 
     def __post_init__(self) -> None:
+        require_compute("audit: compute", self.compute)
         if self.batches < 1:
             raise UserError(f"audit: batches is {self.batches}; expected at least 1")
         if sorted({self.attack.steps, *self.ladder}) != [self.attack.steps, *self.ladder]:
@@ -100,8 +107,8 @@ def audit_decomposition(
         tell: told what is being done.
     """
     sizes = {name: site.n_components for name, site in model.sites.items()}
-    l0, alive = ComponentL0(sizes), ComponentsAlive(sizes)
-    reconstruction = Reconstruction(loss, checks.attack, checks.ladder, checks.draws, seed)
+    l0, alive = ComponentL0(sizes, **ONE_RANK), ComponentsAlive(sizes, **ONE_RANK)
+    reconstruction = Reconstruction(loss, checks.attack, checks.ladder, checks.draws, seed, **ONE_RANK)
     ablated, n_examples = 0.0, 0
     for index, raw in enumerate(batches):
         tell(f"batch {index + 1} of {len(batches)}")
@@ -196,7 +203,7 @@ def _similarity(
     """Direction and length of the best component for each column; null where none is alive."""
     if alive is not None and not bool(alive.any()):
         return {"mean_max_cosine_similarity": None, "mean_l2_ratio": None}
-    similarity, ratio = MeanMaxCosineSimilarity(), MeanL2Ratio()
+    similarity, ratio = MeanMaxCosineSimilarity(**ONE_RANK), MeanL2Ratio(**ONE_RANK)
     similarity.update(W, V, U, alive)
     ratio.update(W, V, U, alive)
     return {"mean_max_cosine_similarity": float(similarity.compute()), "mean_l2_ratio": float(ratio.compute())}
@@ -215,7 +222,7 @@ def _against_identity(importances: Float[Tensor, "F C"]) -> dict[str, float]:
     n_features, n_components = importances.shape
     if n_components < n_features:
         return {}
-    metric = ImportancesAgainstIdentity()
+    metric = ImportancesAgainstIdentity(**ONE_RANK)
     metric.update(importances)
     return {name: float(value) for name, value in metric.compute().items()}
 

@@ -110,7 +110,7 @@ class CausalImportances(nn.Module):
             values = self.transformer(read)
         else:
             values = {name: self.functions[dashed(name)](x) for name, x in read.items()}
-        return {name: squashed(value, self.settings.sigmoid) for name, value in values.items()}
+        return {name: squashed(at_least_float32(value), self.settings.sigmoid) for name, value in values.items()}
 
     def _function(self, site: Site, rng: torch.Generator) -> Mlp:
         n_components, hidden = site.n_components, self.settings.hidden

@@ -49,7 +49,9 @@ from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.files import write_atomically
 from pdprune.losses import LossFunction, loss_function, loss_name
 from pdprune.metrics import MATTERS
+from pdprune.precision import LossScale, computing_in, require_float32_parameters
 from pdprune.progress import telling
+from pdprune.ranks import ALONE, Ranks, leave_out_of_ddp, require_whole_model
 from pdprune.seeding import generator
 from pdprune.targets import load_target
 
@@ -143,6 +145,9 @@ class ComponentLearner(LightningModule):
     (components with an importance above 0 on a token, on average) and `alive` (nodes above 0.1 on some token of the
     batch). What comes out is written to `decomposition/` in the run folder, and checked in `decomposition_audit.json`.
 
+    On several ranks a batch is shared out, and all hold the same components, importance functions and sources. The
+    first one alone writes and checks what was learned; the others are done then.
+
     Args:
         target: a shipped target or the folder of one; or a module, from Python.
         sites: number of components by pattern of module path, `{"*.mlp.down": 96}`; the last that matches counts.
@@ -210,6 +215,7 @@ class ComponentLearner(LightningModule):
         self.audit = audit
         self.seed = seed
         self._steps_in_checkpoint = 0
+        self._loss_scale = LossScale()
         self.source = target if isinstance(target, str) else None
         loaded = None if isinstance(target, nn.Module) else load_target(target)
         module = target if isinstance(target, nn.Module) else cast(Any, loaded).module
@@ -223,12 +229,22 @@ class ComponentLearner(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: the data are there now, and with them the shape of what the adversary carries along."""
+        if self._trainer is not None:
+            require_whole_model(self.trainer)
+            require_float32_parameters(self.trainer)
+            self._loss_scale = LossScale.of(self.trainer)
+        leave_out_of_ddp(self, self.model, self.learned())
         if hasattr(self, "opponent"):
             return
         lead: tuple[int, ...] = ()
         if self.mode == "adversarial" and self.adversary.mode != "fresh" and self.scope not in ("batch", "universal"):
             data = cast(Any, self.trainer).datamodule
             assert data is not None, "sources that are carried along, one a position, need a LightningDataModule"
+            if self.scope != "position" and self.trainer.world_size > 1:
+                raise UserError(
+                    f"adversary: mode {self.adversary.mode!r} carries sources along, and under scope {self.scope!r} "
+                    "every rank has others; expected mode 'fresh', another scope, or one process"
+                )
             seen = self.look(next(iter(data.train_dataloader())), 0)
             lead = Game([seen.loss], [seen.gates], self.scope).lead
         self.opponent = Opponent(self.adversary, lead, self.model.n_nodes + self.model.n_sites, self.seed)
@@ -245,38 +261,39 @@ class ComponentLearner(LightningModule):
     def on_train_start(self) -> None:
         """The warm-up, unless it lies behind."""
         if self.global_step == 0 and self.warm_up.steps:
-            warm_up(self.model, self.warm_up)
+            warm_up(self.model, self.warm_up, Ranks.of(self.trainer))
 
     # -- one step --------------------------------------------------------------------------------------------------
 
     def training_step(self, raw: Any, index: int) -> None:
         """The adversary ascends, where there is one; components and importances descend."""
         step = self.global_step
-        seen = self.look(raw, step)
+        ranks = Ranks.of(self.trainer)
+        seen = self.look(raw, step, ranks)
         losses: dict[str, Tensor] = {}
         entries = self._reconstructions(seen, step, losses)
-        losses["faithfulness"] = faithfulness(self.model)
-        if seen.values:
-            importances = [upper_leaky(value) for value in seen.values.values()]
-            losses["minimality"] = self.minimality(importances, self.progress, counts_of(seen.loss))
+        with computing_in("float32", self.device):
+            losses["faithfulness"] = faithfulness(self.model)
+            if seen.values:
+                importances = [upper_leaky(value) for value in seen.values.values()]
+                losses["minimality"] = self.minimality(importances, self.progress, counts_of(seen.loss), ranks)
         total = torch.stack([self._weight(name) * loss for name, loss in losses.items()]).sum()
         if not bool(torch.isfinite(total)):
             raise NonFiniteLossError(f"training: the loss is {float(total)} at step {step}; expected a finite number")
-        self._descend(total, step)
-        if entries is not None and entries.grad is not None:
-            self.opponent.learn(Game([seen.loss], [seen.gates], self.scope), step, entries.grad)
+        self._descend(total, step, seen, entries)
         self._log_step(total, losses, seen, step)
 
-    def look(self, raw: Any, step: int) -> Seen:
+    def look(self, raw: Any, step: int, ranks: Ranks = ALONE) -> Seen:
         """Run the target once on a batch, and say what matters there.
 
         Args:
             raw: a batch as a data loader yields it; all its outputs count.
             step: decides the draws, in mode `attribution`.
+            ranks: who shares the batch.
         """
         batch = as_batch({"inputs": as_batch(raw).inputs})
         observed = self.model.observe(batch.inputs)
-        loss = MaskedLoss(self.model, batch, self.loss, observed=observed)
+        loss = MaskedLoss(self.model, batch, self.loss, observed=observed, ranks=ranks, scale=self._loss_scale)
         if self.model.importances is None:
             return Seen(loss, self.top_k.gates(loss, generator(self.seed, "directions", step)), {})
         values = self.model.importances(observed.site_inputs)
@@ -287,12 +304,13 @@ class ComponentLearner(LightningModule):
         loss, gates, _ = seen
         entries = None
         if self.mode == "attribution":
-            losses["all_sites"] = loss.per_example(gates, torch.zeros_like(gates[..., : self.model.n_sites])).mean()
+            no_deltas = torch.zeros_like(gates[..., : self.model.n_sites])
+            losses["all_sites"] = loss.mean(loss.per_example(gates, no_deltas))
             return None
         if self.weights.all_sites and self.mode == "adversarial":
             chosen = self.opponent.choose(Game([loss], [gates.detach()], self.scope, self.adversary.max_ablated), step)
             entries = chosen.detach().requires_grad_(self.adversary.mode == "free")
-            losses["all_sites"] = Game([loss], [gates], self.scope).loss(entries).mean()
+            losses["all_sites"] = Game([loss], [gates], self.scope).mean_loss(entries)
         elif self.weights.all_sites:
             losses["all_sites"] = at_all_sites(loss, gates, generator(self.seed, "all-sites", step))
         if self.weights.site_by_site:
@@ -304,15 +322,23 @@ class ComponentLearner(LightningModule):
     def _weight(self, name: str) -> float:
         return self.minimality.coefficient if name == "minimality" else cast(float, getattr(self.weights, name))
 
-    def _descend(self, total: Tensor, step: int) -> None:
+    def _descend(self, total: Tensor, step: int, seen: Seen, entries: Tensor | None) -> None:
+        """One backward pass and a step of Adam; where the sources got a gradient too, they climb along it."""
         optimizer = cast(LightningOptimizer, self.optimizers())
         for group in optimizer.param_groups:
             group["lr"] = self.schedule.at(step, self.total_steps)
         optimizer.zero_grad()
         self.manual_backward(total)
+        if entries is not None and entries.grad is not None:
+            game = Game([seen.loss], [seen.gates], self.scope)
+            self.opponent.learn(game, step, game.gradient(entries.grad))
+        optimizer.step()
+        self._loss_scale.after_step()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lightning's hook: clip, now that the gradients are unscaled."""
         if self.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self.learned(), self.gradient_clip)
-        optimizer.step()
 
     @property
     def total_steps(self) -> int:
@@ -337,15 +363,16 @@ class ComponentLearner(LightningModule):
         if not every or (step + 1) % every:
             return
         size = seen.loss.size
-        self.log_dict({"loss": total.detach(), **l0_and_alive(seen.gates)}, prog_bar=True, batch_size=size)
+        values = {"loss": total.detach(), **l0_and_alive(seen.gates, seen.loss.ranks)}
+        self.log_dict(values, prog_bar=True, batch_size=size)
         self.log_dict({name: loss.detach() for name, loss in losses.items()}, batch_size=size)
 
     # -- what the command line asks for ----------------------------------------------------------------------------
 
     def validation_step(self, raw: Any, index: int) -> None:
         """On held-out data: the loss with all that does not matter ablated, and by chance; how much matters."""
-        seen = self.look(raw, index)
-        with torch.no_grad():
+        with torch.no_grad(), computing_in(self.audit.compute, self.device):
+            seen = self.look(raw, index)
             nothing_left = torch.zeros(self.model.n_sites, device=seen.gates.device)
             complete = seen.loss.per_example(seen.gates, nothing_left).mean()
             stochastic = at_all_sites(seen.loss, seen.gates, generator(self.seed, "validate", index))
@@ -353,8 +380,12 @@ class ComponentLearner(LightningModule):
         self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=seen.loss.size)
 
     def finish(self, datamodule: LightningDataModule, folder: Path) -> None:
-        """Write the decomposition and then its audit into the run folder; the last thing that `fit` does."""
+        """Write the decomposition and then its audit into the run folder; the last thing that `fit` does.
+
+        Only the first rank does this, without a word to the others.
+        """
         if self.trainer.is_global_zero:
+            self.to(self.trainer.strategy.root_device)  # which Lightning has just moved it away from
             self._write_audited(datamodule, folder)
 
     def _write_audited(self, data: LightningDataModule, folder: Path) -> dict[str, Any]:
@@ -371,7 +402,7 @@ class ComponentLearner(LightningModule):
         )
         saved = read_decomposition(folder / DECOMPOSITION_FOLDER, self.model.target)
         saved.to(self.model.delta_sites.device)
-        with telling("audit") as tell:
+        with telling("audit") as tell, computing_in(self.audit.compute, self.device):
             found = audit_decomposition(
                 saved,
                 lambda batch, index: self.gates(saved, batch, index),
@@ -449,10 +480,10 @@ def numbers_of_components(target: nn.Module, sites: Mapping[str, int]) -> dict[s
     return {name: counts[name] for name in matching_sites(target, list(sites))}
 
 
-def warm_up(model: DecomposedModel, settings: WarmUp) -> None:
-    """Bring the components near to the weights, on faithfulness alone."""
+def warm_up(model: DecomposedModel, settings: WarmUp, ranks: Ranks = ALONE) -> None:
+    """Bring the components near to the weights, on faithfulness alone. Ranks end with what the first one found."""
     optimizer = torch.optim.AdamW(model.site_list.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    with telling("faithfulness warm-up") as tell, torch.enable_grad():
+    with telling("faithfulness warm-up", quiet=not ranks.is_first) as tell, torch.enable_grad():
         for step in range(settings.steps):
             optimizer.zero_grad()
             loss = faithfulness(model)
@@ -460,6 +491,8 @@ def warm_up(model: DecomposedModel, settings: WarmUp) -> None:
             optimizer.step()
             tell(f"step {step + 1} of {settings.steps}, {float(loss.detach()):.3g}")
     optimizer.zero_grad()
+    for parameter in model.site_list.parameters():
+        parameter.data = ranks.of_first(parameter.data)
 
 
 def counts_of(loss: MaskedLoss) -> Float[Tensor, "B T"] | None:
@@ -468,7 +501,8 @@ def counts_of(loss: MaskedLoss) -> Float[Tensor, "B T"] | None:
     return None if mask is None or tuple(mask.shape) != loss.leading_shape else mask.float()
 
 
-def l0_and_alive(gates: Float[Tensor, "*lead n"]) -> dict[str, Tensor]:
-    """How many nodes matter on a token, on average, and how many on some token of the batch."""
+def l0_and_alive(gates: Float[Tensor, "*lead n"], ranks: Ranks = ALONE) -> dict[str, Tensor]:
+    """How many nodes matter on a token, on average, and how many on some token of the batch that ranks share."""
     rows = gates.detach().flatten(0, -2)
-    return {"l0": (rows > 0).sum(-1).float().mean(), "alive": (rows.amax(0) > MATTERS).sum().float()}
+    l0 = ranks.mean((rows > 0).sum(-1).float().mean(), len(rows))
+    return {"l0": l0, "alive": (ranks.largest(rows.amax(0)) > MATTERS).sum().float()}

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pdprune.errors import UserError
+from pdprune.ranks import ALONE, Ranks
 
 OFFSET = 1e-12
 """Added to an importance before a power below 1, whose gradient at 0 is infinite."""
@@ -68,13 +69,15 @@ class Minimality:
         importances: Iterable[Float[Tensor, "*lead C"]],
         progress: float,
         counts: Float[Tensor, "*lead"] | None = None,
+        ranks: Ranks = ALONE,
     ) -> Float[Tensor, ""]:
-        """The price, without its coefficient.
+        """The price of the whole batch, without its coefficient.
 
         Args:
             importances: of each site's components, upper-leaky.
             progress: the share of training that is done.
             counts: 0 for tokens that are padding, 1 for others; None if all count.
+            ranks: who shares the batch; importances and counts are of this one's examples.
         """
         shape = self.shape_at(progress)
         total = []
@@ -83,7 +86,8 @@ class Minimality:
             lead = price.shape[:-1] if counts is None else counts.shape  # a site may read the same for all examples
             rows = price.expand(*lead, -1).flatten(0, -2)
             weights = rows.new_ones(len(rows)) if counts is None else counts.flatten().to(rows.dtype)
-            n_tokens = weights.sum().clamp(min=1)
-            often = weights @ rows / n_tokens
+            n_own = weights.sum()
+            often = ranks.mean(weights @ rows / n_own.clamp(min=1), n_own)
+            n_tokens = ranks.sum(n_own).clamp(min=1)
             total.append((often + self.frequency * often * torch.log2(1 + n_tokens * often)).sum())
         return torch.stack(total).sum()

@@ -18,7 +18,7 @@ from pdprune.decomposition.model import DecomposedModel
 def at_all_sites(loss: MaskedLoss, gates: Float[Tensor, "*lead n"], rng: torch.Generator) -> Float[Tensor, ""]:
     """The loss with all sites masked."""
     game = _by_token(loss, gates)
-    return game.loss(game.draw(rng, coins=False)).mean()
+    return game.mean_loss(game.draw(rng, coins=False))
 
 
 def site_by_site(loss: MaskedLoss, gates: Float[Tensor, "*lead n"], rng: torch.Generator) -> Float[Tensor, ""]:
@@ -26,7 +26,7 @@ def site_by_site(loss: MaskedLoss, gates: Float[Tensor, "*lead n"], rng: torch.G
     game = _by_token(loss, gates)
     entries = game.draw(rng, coins=False)
     mask, delta_mask = gates + (1 - gates) * game.source(entries), game.delta_source(entries)
-    losses = [loss.per_example(mask, delta_mask, sites=[name]).mean() for name in loss.model.site_names]
+    losses = [loss.mean(loss.per_example(mask, delta_mask, sites=[name])) for name in loss.model.site_names]
     return torch.stack(losses).mean()
 
 
@@ -36,10 +36,11 @@ def in_subsets(loss: MaskedLoss, gates: Float[Tensor, "*lead n"], rng: torch.Gen
     The size of a subset is uniform on 1 to all, and every subset of a size is as likely as another (VPD).
     """
     game = _by_token(loss, gates)
-    masked = random_subsets(game.lead, loss.model.n_sites, rng).to(gates.device)
+    of_whole_batch = random_subsets((loss.whole_size, *game.lead[1:]), loss.model.n_sites, rng)
+    masked = loss.ranks.share(of_whole_batch).to(gates.device)
     sources = game.draw(rng, coins=False)
     left_alone = torch.ones_like(sources)  # a source of 1 leaves a node and a delta just as they are
-    return game.loss(torch.where(masked[..., site_of_entry(loss.model)], sources, left_alone)).mean()
+    return game.mean_loss(torch.where(masked[..., site_of_entry(loss.model)], sources, left_alone))
 
 
 def random_subsets(lead: tuple[int, ...], n_sites: int, rng: torch.Generator) -> Bool[Tensor, "*lead s"]:

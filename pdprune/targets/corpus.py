@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pdprune.errors import UserError
 from pdprune.loaders import FixedLoader, StepLoader
+from pdprune.ranks import ALONE, Ranks
 from pdprune.seeding import generator
 from pdprune.targets.tokenizer import NON_ASCII, VOCAB_SIZE, substitute_non_ascii
 
@@ -57,7 +58,8 @@ class StdlibCorpus(LightningDataModule):
     """Random windows of source, each beginning with the newline before a line.
 
     Files are split by the SHA-256 of their path, so the split depends neither on the order of files nor on a seed.
-    Training batch `t` is a pure function of `(seed, t, rank, world size)`; the validation batches never change.
+    Training batch `t` is a pure function of `(seed, t)`, of which a rank takes its share; the validation batches never
+    change.
 
     Args:
         root: folder of the source; the running Python's standard library if not given.
@@ -126,7 +128,7 @@ class StdlibCorpus(LightningDataModule):
                 )
             self._splits[split] = (data, starts)
 
-    def batch(self, split: Split, step: int, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    def batch(self, split: Split, step: int, ranks: Ranks = ALONE) -> dict[str, Any]:
         """Batch `step` of a split, or one rank's share of it: `{"inputs": {"input_ids": [B, T]}, "labels": [B, T]}`."""
         self.setup()
         data, starts = self._splits[split]
@@ -139,13 +141,13 @@ class StdlibCorpus(LightningDataModule):
             permuted = torch.rand(self.batch_size, generator=draws) < self.permute_brackets
             way = torch.randint(len(BRACKETS_PERMUTED), (self.batch_size,), generator=draws) * permuted
             ids = BRACKETS_PERMUTED[way[:, None], ids]
-        ids = ids[rank::world_size]
+        ids = ranks.share(ids)
         return {"inputs": {"input_ids": ids[:, :-1]}, "labels": ids[:, 1:]}
 
     def train_dataloader(self) -> StepLoader:
         """Windows of the training files."""
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return StepLoader(lambda step: self.batch("train", step, rank, world_size), self.steps_per_epoch)
+        ranks = Ranks.of(self.trainer)
+        return StepLoader(lambda step: self.batch("train", step, ranks), self.steps_per_epoch)
 
     def val_dataloader(self) -> FixedLoader:
         """Windows of the held-out files: the same ones every time, on every rank."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pdprune.errors import UserError
 from pdprune.loaders import FixedLoader, StepLoader
+from pdprune.ranks import ALONE, Ranks
 from pdprune.seeding import generator
 
 Split = Literal["train", "select", "held_out"]
@@ -55,12 +56,13 @@ class DrawnData(LightningDataModule):
         """What a model card says about the data."""
         raise NotImplementedError
 
-    def batch(self, split: Split, step: int, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    def batch(self, split: Split, step: int, ranks: Ranks = ALONE) -> dict[str, Any]:
         """Batch `step` of a split, or one rank's share of it."""
         is_train = split == "train"
         draws = generator(self.seed if is_train else 0, type(self).__name__, split, step)
         whole = self.draw(self.batch_size if is_train else self.audit_batch_size, draws)
-        return _every(whole, rank, world_size)
+        share: dict[str, Any] = ranks.share(whole)
+        return share
 
     def train_batches(self) -> list[dict[str, Any]]:
         """As many training batches as the other splits have."""
@@ -76,8 +78,8 @@ class DrawnData(LightningDataModule):
 
     def train_dataloader(self) -> StepLoader:
         """Training batches 0, 1, ...; goes on from a checkpoint exactly."""
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return StepLoader(lambda step: self.batch("train", step, rank, world_size), self.steps_per_epoch)
+        ranks = Ranks.of(self.trainer)
+        return StepLoader(lambda step: self.batch("train", step, ranks), self.steps_per_epoch)
 
     def val_dataloader(self) -> FixedLoader:
         """The select split, the same on every rank."""
@@ -202,10 +204,3 @@ class InductionSequences(DrawnData):
 def single_features(n_features: int, value: float = 0.75) -> Float[Tensor, "F F"]:
     """One example a feature, in which it alone is on. 0.75 is the value that SPD looks at."""
     return value * torch.eye(n_features)
-
-
-def _every(batch: dict[str, Any], first: int, step: int) -> dict[str, Any]:
-    return {
-        key: _every(value, first, step) if isinstance(value, dict) else value[first::step]
-        for key, value in batch.items()
-    }

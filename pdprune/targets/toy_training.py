@@ -18,6 +18,7 @@ from torch import Tensor
 from pdprune.batches import as_batch
 from pdprune.errors import UserError
 from pdprune.files import write_atomically
+from pdprune.ranks import Ranks, require_whole_model
 from pdprune.targets.representation import representation
 from pdprune.targets.store import save_target
 from pdprune.targets.toys import Toy
@@ -67,9 +68,13 @@ class ToyTrainer(LightningModule):
         self.warmup = warmup
         self.weight_decay = weight_decay
 
+    def setup(self, stage: str) -> None:
+        """Lightning's hook: what is trained is written whole."""
+        require_whole_model(self.trainer)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Float[Tensor, ""]:
-        """The batch's loss."""
-        loss = toy_loss(self.network, batch)
+        """The loss of the whole batch, on all ranks."""
+        loss = Ranks.of(self._trainer).mean(toy_loss(self.network, batch), as_batch(batch).size)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from pdprune.errors import UserError
+from pdprune.ranks import Ranks, require_whole_model
 from pdprune.targets.store import save_target
 from pdprune.targets.transformer import Transformer, TransformerConfig
 
@@ -89,9 +90,13 @@ class TargetTrainer(LightningModule):
         self.warmup = warmup
         self.final_lr = final_lr
 
+    def setup(self, stage: str) -> None:
+        """Lightning's hook: what is trained is written whole."""
+        require_whole_model(self.trainer)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Float[Tensor, ""]:
-        """The batch's mean loss, in nats per byte."""
-        loss = next_byte_loss(self.network, batch)
+        """The mean loss of the whole batch, on all ranks, in nats per byte."""
+        loss = Ranks.of(self._trainer).mean(next_byte_loss(self.network, batch), batch["labels"].numel())
         self.log("train_loss", loss, prog_bar=True)
         return loss
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from pdprune.batches import IGNORED_LABEL, UNUSED
 from pdprune.errors import UserError
 from pdprune.loaders import FixedLoader, StepLoader
+from pdprune.ranks import Ranks
 from pdprune.seeding import generator
 from pdprune.targets.reader import Reader, Tokenizer
 from pdprune.targets.store import load_reader
@@ -88,19 +89,14 @@ class TaskData(LightningDataModule):
         return len(self._indices["train"]) // self.batch_size
 
     def train_batch(self, step: int) -> TaskBatch:
-        """Training batch `step`: a pure function of seed, step, rank and world size.
+        """Training batch `step`: a pure function of seed and step, of which a rank takes its share.
 
-        Each pass takes the prompts in a new order; rank r of N takes every N-th prompt of the batch from the r-th on.
+        Each pass takes the prompts in a new order.
         """
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        if self.batch_size % world_size:
-            raise UserError(
-                f"task {self.name}: batch_size {self.batch_size} over {world_size} processes, expected a multiple"
-            )
         epoch, place = divmod(step, self.steps_per_epoch)
         order = torch.randperm(len(self._indices["train"]), generator=generator(self.seed, "prompts", epoch))
         chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
-        return _take(self._splits["train"], chosen[rank::world_size])
+        return _take(self._splits["train"], Ranks.of(self.trainer).share(chosen))
 
     def train_batches(self) -> list[TaskBatch]:
         """The whole training split in the order of the file, in batches of `audit_batch_size`."""

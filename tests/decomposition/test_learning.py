@@ -161,7 +161,7 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
     norms: list[float] = []
 
     class Norm(Callback):
-        def on_before_optimizer_step(self, trainer: Trainer, module: ComponentLearner, optimizer: Any) -> None:
+        def on_train_batch_end(self, trainer: Trainer, module: ComponentLearner, *rest: Any) -> None:
             gradients = [parameter.grad for parameter in module.learned() if parameter.grad is not None]
             norms.append(float(torch.stack([gradient.norm() for gradient in gradients]).norm()))
 

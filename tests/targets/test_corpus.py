@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pdprune.errors import UserError
+from pdprune.ranks import Ranks
 from pdprune.targets import StdlibCorpus
 from pdprune.targets.corpus import corpus_files, split_of
 from pdprune.targets.corpus import test_files as source_of_tests
@@ -63,7 +64,7 @@ def test_a_batch_depends_on_seed_and_step_alone(library: Path) -> None:
 def test_ranks_share_a_batch_out(library: Path) -> None:
     corpus = StdlibCorpus(str(library), window=WINDOW, batch_size=6)
     whole = corpus.batch("train", 0)["labels"]
-    shares = [corpus.batch("train", 0, rank, 2)["labels"] for rank in range(2)]
+    shares = [corpus.batch("train", 0, Ranks(rank, 2))["labels"] for rank in range(2)]
     assert torch.equal(torch.stack(shares, dim=1).flatten(0, 1), whole)
 
 

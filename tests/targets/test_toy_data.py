@@ -5,6 +5,7 @@ import torch
 
 from pdprune.batches import as_batch
 from pdprune.errors import UserError
+from pdprune.ranks import Ranks
 from pdprune.targets import InductionSequences, SparseFeatures
 from pdprune.targets.toy_data import BOS, single_features
 
@@ -62,7 +63,7 @@ def test_ranks_share_a_batch_out() -> None:
     data = InductionSequences(9, 8, batch_size=6)
     whole = data.batch("train", 0)
     for rank in range(2):
-        share = data.batch("train", 0, rank, 2)
+        share = data.batch("train", 0, Ranks(rank, 2))
         assert torch.equal(share["inputs"]["input_ids"], whole["inputs"]["input_ids"][rank::2])
         assert torch.equal(share["labels"], whole["labels"][rank::2])
 

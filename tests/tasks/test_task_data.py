@@ -95,8 +95,8 @@ def test_ranks_share_the_batch_of_one_process(tmp_path: Path, target: str) -> No
         data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
         shares.append(ids_of(data.train_batch(3)))
     assert sorted(shares[0] + shares[1]) == sorted(whole)
-    data.trainer = SimpleNamespace(global_rank=0, world_size=4)
-    with pytest.raises(UserError, match="batch_size 6 over 4 processes"):
+    data.trainer = SimpleNamespace(global_rank=0, world_size=7)
+    with pytest.raises(UserError, match="6 examples over 7 processes"):
         data.train_batch(0)
 
 
