@@ -1,0 +1,96 @@
+"""Does half precision find the same circuit? Fits that differ in `trainer.precision` alone, all audited in float32.
+
+    python benchmarks/precision.py                                  # the quickstart: float32 against bf16-mixed
+    python benchmarks/precision.py --precision 16-mixed -- --trainer.accelerator gpu
+    python benchmarks/precision.py -- --trainer.max_steps 20        # what follows `--` goes to every fit
+
+Wanted are a Jaccard index of the kept nodes of at least 0.95 and a worst case within 2 %. As a yardstick the float32
+fit is made again with another seed, which changes the order of prompts and the starts of the attacks: two circuits no
+nearer to each other than that do not differ by precision. A fit that is finished is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from pdprune.files import write_atomically
+from pdprune.run_folder import RunFolder
+from pdprune.train import main as train
+
+JACCARD, WORST_CASE = 0.95, 0.02
+
+
+def fitted(folder: Path, config: str, precision: str, seed: int, rest: list[str]) -> dict[str, Any]:
+    """The kept nodes, their ranking and the audit of one fit."""
+    if not RunFolder(folder).is_finished:
+        place = ["--trainer.default_root_dir", str(folder), "--ckpt_path", "last"]
+        how = ["--trainer.precision", precision, "--seed_everything", str(seed)]
+        if status := train(["fit", "--config", config, *place, *how, *rest]):
+            sys.exit(status)
+    state = torch.load(RunFolder(folder).last, weights_only=True)["state_dict"]
+    audit = json.loads((folder / "audit.json").read_text())
+    return {
+        "keep": load_file(folder / "circuit.safetensors")["keep"],
+        "ranking": state["openness"],
+        "worst": audit["adversarial"]["loss"],
+        "complete": audit["complete_loss"],
+    }
+
+
+def jaccard(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Of two sets `Bool[n]`, how much of their union is common."""
+    return int((one & other).sum()) / max(1, int((one | other).sum()))
+
+
+def top(ranking: torch.Tensor, size: int) -> torch.Tensor:
+    """The `size` highest-ranked, as `Bool[n]`."""
+    chosen = ranking.flatten().argsort(descending=True, stable=True)[:size]
+    return torch.zeros(ranking.numel(), dtype=torch.bool).index_fill(0, chosen, True).reshape(ranking.shape)
+
+
+def compared(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """How near two fits are: their circuits, and of both rankings the top of the first one's size."""
+    size = int(one["keep"].sum())
+    return {
+        "kept": [size, int(other["keep"].sum())],
+        "jaccard": jaccard(one["keep"], other["keep"]),
+        "jaccard_of_rankings": jaccard(top(one["ranking"], size), top(other["ranking"], size)),
+        "worst_case": [one["worst"], other["worst"]],
+        "worst_case_off_by": abs(other["worst"] / one["worst"] - 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "16-mixed"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("rest", nargs="*", help="after `--`: flags of every fit")
+    args = parser.parse_args()
+    folder = Path("runs/precision") / f"{Path(args.config).stem}-{args.seed}"
+    exact = fitted(folder / "32-true", args.config, "32-true", args.seed, args.rest)
+    half = fitted(folder / args.precision, args.config, args.precision, args.seed, args.rest)
+    again = fitted(folder / "other-seed", args.config, "32-true", args.seed + 1, args.rest)
+    found = {args.precision: compared(exact, half), "another seed": compared(exact, again)}
+    about = {"torch": torch.__version__, "cuda": torch.cuda.is_available(), "config": args.config, "flags": args.rest}
+    write_atomically(folder / "precision.json", json.dumps(about | found, indent=1).encode())
+    print("| float32 against | nodes kept | Jaccard | of the rankings' tops | worst case | off by |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for name, row in found.items():
+        kept, worst = "{} / {}".format(*row["kept"]), "{:.4f} / {:.4f}".format(*row["worst_case"])
+        nearness = f"{row['jaccard']:.3f} | {row['jaccard_of_rankings']:.3f}"
+        print(f"| {name} | {kept} | {nearness} | {worst} | {row['worst_case_off_by']:.1%} |")
+    row = found[args.precision]
+    passed = row["jaccard"] >= JACCARD and row["worst_case_off_by"] <= WORST_CASE
+    print(f"Jaccard ≥ {JACCARD} and worst case within {WORST_CASE:.0%}:", "yes" if passed else "no")
+
+
+if __name__ == "__main__":
+    main()
