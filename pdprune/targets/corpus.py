@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from lightning import LightningDataModule
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from pdprune.errors import UserError
 from pdprune.loaders import FixedLoader, StepLoader
 from pdprune.ranks import ALONE, Ranks
 from pdprune.seeding import generator
+from pdprune.targets import byte_pairs
 from pdprune.targets.tokenizer import NON_ASCII, VOCAB_SIZE, substitute_non_ascii
 
 Split = Literal["train", "val"]
@@ -72,6 +73,8 @@ class StdlibCorpus(LightningDataModule):
             and neither quote is the likelier, so that only the opening quote tells which one closes a string.
         permute_brackets: probability that the three kinds of brackets of a training window are permuted, all alike.
             What comes out is no Python, but brackets match, and curly ones are no longer rare.
+        vocabulary: size of a vocabulary of byte pairs, learned from the training files (needs the extra `hf`); None
+            for one token a character.
         seed: seed of the training windows.
     """
 
@@ -85,6 +88,7 @@ class StdlibCorpus(LightningDataModule):
         steps_per_epoch: int = 500,
         swap_quotes: float = 0.0,
         permute_brackets: float = 0.0,
+        vocabulary: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -93,6 +97,8 @@ class StdlibCorpus(LightningDataModule):
         for name, probability in (("swap_quotes", swap_quotes), ("permute_brackets", permute_brackets)):
             if not 0 <= probability <= 1:
                 raise UserError(f"corpus: {name} is {probability}, expected a probability")
+            if probability and vocabulary is not None:
+                raise UserError(f"corpus: {name} trades characters; expected 0 with a vocabulary of byte pairs")
         for name, value in (("window", window), ("batch_size", batch_size), ("steps_per_epoch", steps_per_epoch)):
             if value < 1:
                 raise UserError(f"corpus: {name} is {value}, expected at least 1")
@@ -104,8 +110,11 @@ class StdlibCorpus(LightningDataModule):
         self.steps_per_epoch = steps_per_epoch
         self.swap_quotes = swap_quotes
         self.permute_brackets = permute_brackets
+        self.vocabulary = vocabulary
         self.seed = seed
-        self._splits: dict[str, tuple[Int[Tensor, " bytes"], Int[Tensor, " starts"]]] = {}
+        self.tokenizer_json: str | None = None
+        self._splits: dict[str, tuple[Int[Tensor, " tokens"], Int[Tensor, " starts"]]] = {}
+        self._n_bytes: dict[str, int] = {}
         self._sha256 = ""
 
     def setup(self, stage: str | None = None) -> None:
@@ -118,15 +127,26 @@ class StdlibCorpus(LightningDataModule):
             digest.update(f"{path}\0{text}\0".encode())
             texts[split_of(path, self.val_fraction)].append(substitute_non_ascii(text))
         self._sha256 = digest.hexdigest()
+        if self.vocabulary is not None:
+            self.tokenizer_json = byte_pairs.learn(texts["train"], self.vocabulary)
         for split, parts in texts.items():
-            data = torch.frombuffer(bytearray("\n" + "\n".join(parts), "ascii"), dtype=torch.uint8)
-            starts = (data[: max(0, len(data) - self.window)] == NEWLINE).nonzero().squeeze(1)
+            pieces = [f"\n{part}" for part in parts]
+            self._n_bytes[split] = sum(map(len, pieces))
+            data, begins_line = self._tokens(pieces)
+            starts = begins_line[: max(0, len(data) - self.window)].nonzero().squeeze(1)
             if len(starts) == 0:
                 raise UserError(
                     f"corpus: {self.root} has {len(parts)} files of Python source for the {split} split, "
                     f"expected at least one longer than the window of {self.window}"
                 )
             self._splits[split] = (data, starts)
+
+    def _tokens(self, pieces: list[str]) -> tuple[Int[Tensor, " tokens"], Bool[Tensor, " tokens"]]:
+        """The tokens of pieces of text, one after the other, and which of them begin with a newline."""
+        if self.tokenizer_json is not None:
+            return byte_pairs.encode(self.tokenizer_json, pieces)
+        data = torch.tensor(bytearray("".join(pieces), "ascii"), dtype=torch.uint8)
+        return data, data == NEWLINE
 
     def batch(self, split: Split, step: int, ranks: Ranks = ALONE) -> dict[str, Any]:
         """Batch `step` of a split, or one rank's share of it: `{"inputs": {"input_ids": [B, T]}, "labels": [B, T]}`."""
@@ -135,14 +155,18 @@ class StdlibCorpus(LightningDataModule):
         draws = generator(0 if split == "val" else self.seed, "corpus", split, step)
         chosen = starts[torch.randint(len(starts), (self.batch_size,), generator=draws)]
         ids = data[chosen[:, None] + torch.arange(self.window + 1)].long()
-        if split == "train":
-            swapped = torch.rand(self.batch_size, generator=draws) < self.swap_quotes
-            ids = torch.where(swapped[:, None], QUOTES_SWAPPED[ids], ids)
-            permuted = torch.rand(self.batch_size, generator=draws) < self.permute_brackets
-            way = torch.randint(len(BRACKETS_PERMUTED), (self.batch_size,), generator=draws) * permuted
-            ids = BRACKETS_PERMUTED[way[:, None], ids]
+        if split == "train" and self.vocabulary is None:
+            ids = self._traded(ids, draws)
         ids = ranks.share(ids)
         return {"inputs": {"input_ids": ids[:, :-1]}, "labels": ids[:, 1:]}
+
+    def _traded(self, ids: Int[Tensor, "B T"], draws: torch.Generator) -> Int[Tensor, "B T"]:
+        """Windows of characters, in some of which quotes are swapped, or brackets permuted."""
+        swapped = torch.rand(self.batch_size, generator=draws) < self.swap_quotes
+        ids = torch.where(swapped[:, None], QUOTES_SWAPPED[ids], ids)
+        permuted = torch.rand(self.batch_size, generator=draws) < self.permute_brackets
+        way = torch.randint(len(BRACKETS_PERMUTED), (self.batch_size,), generator=draws) * permuted
+        return BRACKETS_PERMUTED[way[:, None], ids]
 
     def train_dataloader(self) -> StepLoader:
         """Windows of the training files."""
@@ -160,8 +184,9 @@ class StdlibCorpus(LightningDataModule):
             "source": "Python standard library",
             "python": platform.python_version(),
             "corpus_sha256": self._sha256,
-            "train_bytes": len(self._splits["train"][0]),
-            "val_bytes": len(self._splits["val"][0]),
+            "train_bytes": self._n_bytes["train"],
+            "val_bytes": self._n_bytes["val"],
+            **({} if self.vocabulary is None else {"train_tokens": len(self._splits["train"][0])}),
             "non_ascii": f"characters outside ASCII replaced by {NON_ASCII!r}",
         }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from pdprune.errors import UserError
 from pdprune.files import read_bytes, write_atomically
 from pdprune.targets import language_card, toy_card
-from pdprune.targets.store import SHIPPED, WEIGHTS, load_target
+from pdprune.targets.store import SHIPPED, VOCABULARY, WEIGHTS, load_target
 from pdprune.targets.toys import Toy
 
 CONFIG = "config.yaml"
@@ -27,6 +27,8 @@ def export(run: Path, name: str, out: Path = SHIPPED, note: str = "") -> Path:
     """
     folder = out / name
     write_atomically(folder / WEIGHTS, read_bytes(run / "target" / WEIGHTS))
+    if (run / "target" / VOCABULARY).is_file():
+        write_atomically(folder / VOCABULARY, read_bytes(run / "target" / VOCABULARY))
     write_atomically(folder / CONFIG, without_place(read_bytes(run / CONFIG)))
     kind = toy_card if isinstance(load_target(folder).module, Toy) else language_card
     card = {**kind.model_card(folder), "note": note}

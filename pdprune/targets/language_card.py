@@ -15,7 +15,7 @@ from pdprune.loaders import FixedLoader
 from pdprune.losses import task_loss_and_accuracy
 from pdprune.targets.corpus import StdlibCorpus
 from pdprune.targets.store import load_target
-from pdprune.targets.training import matrices_of, next_byte_loss
+from pdprune.targets.training import matrices_of, next_token_loss
 from pdprune.tasks import TaskData, shipped_tasks
 
 HELD_OUT_BATCHES = 200
@@ -44,15 +44,15 @@ def model_card(folder: Path) -> dict[str, Any]:
         "weights": {name: weight.numel() for name, weight in matrices.items()},
         "corpus": corpus.describe(),
         "held_out_loss": mean_loss(target.module, corpus.val_dataloader()),
-        "held_out_bytes": HELD_OUT_BATCHES * corpus.batch_size * corpus.window,
+        "held_out_tokens": HELD_OUT_BATCHES * corpus.batch_size * corpus.window,
         "tasks": {task: task_scores(target.module, TaskData(task, str(folder))) for task in shipped_tasks()},
     }
 
 
 @torch.no_grad()
 def mean_loss(network: nn.Module, batches: FixedLoader) -> float:
-    """Mean next-byte loss over batches of one size, in nats per byte."""
-    return float(torch.stack([next_byte_loss(network, batch) for batch in batches]).mean())
+    """Mean next-token loss over batches of one size, in nats per token."""
+    return float(torch.stack([next_token_loss(network, batch) for batch in batches]).mean())
 
 
 @torch.no_grad()
@@ -70,19 +70,20 @@ def card_text(card: dict[str, Any]) -> str:
     """The model card to read, from the one for machines."""
     n_nonzero, n_weights = sum(card["nonzero_weights"].values()), sum(card["weights"].values())
     sizes, corpus = card["sizes"], card["corpus"]
+    unit, alphabet = ("token", "byte pairs") if "train_tokens" in corpus else ("byte", "ASCII")
     rows = [
         f"| {task} | {s['accuracy']:.1%} | {s['ce']:.3f} | {s['n_train']} / {s['n_select']} / {s['n_held_out']} |"
         for task, s in card["tasks"].items()
     ]
     return f"""# {card["name"]}
 
-A decoder-only transformer that predicts the next byte of Python source: {sizes["n_layers"]} layers, width
+A decoder-only transformer that predicts the next {unit} of Python source: {sizes["n_layers"]} layers, width
 {sizes["d_model"]}, {sizes["n_heads"]} heads, {sizes["d_mlp"]} MLP neurons a layer, {sizes["max_length"]} positions,
-{sizes["vocab_size"]} tokens (ASCII). {card["parameters"]:,} parameters; of the {n_weights:,} entries of its weight
+{sizes["vocab_size"]} tokens ({alphabet}). {card["parameters"]:,} parameters; of the {n_weights:,} entries of its weight
 matrices {n_nonzero:,} are not zero (at most {card["kept_fraction"]:.4g} of each matrix).
 
-Held-out loss: **{card["held_out_loss"]:.3f} nats per byte**, on {card["held_out_bytes"]:,} bytes of windows that begin
-at a line, from files it was not trained on.
+Held-out loss: **{card["held_out_loss"]:.3f} nats per {unit}**, on {card["held_out_tokens"]:,} {unit}s of windows that
+begin at a line, from files it was not trained on.
 
 Held-out scores. Accuracy: the answer's logit is above that of every wrong one. Cross-entropy in nats, among the
 choices; for text, over the whole vocabulary.
@@ -107,6 +108,6 @@ SHA-256 `{corpus["corpus_sha256"]}`. The prompts come from held-out files and fr
 
 ## Limits
 
-A small network for trying methods on, not for writing code. It reads ASCII only, {sizes["max_length"]} characters at
+A small network for trying methods on, not for writing code. It has read ASCII only, {sizes["max_length"]} {unit}s at
 most.
 """

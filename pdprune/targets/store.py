@@ -1,6 +1,7 @@
 """Targets on disk: a folder with `model.safetensors`, whose header says which network it is and of what sizes.
 
-Beside it, a shipped target has `config.yaml` (the run that made it) and its model card, `card.json` and `card.md`.
+Beside it, one that reads byte pairs has its vocabulary, `tokenizer.json`, and a shipped target has `config.yaml` (the
+run that made it) and its model card, `card.json` and `card.md`.
 A folder with `config.json` is a causal language model of the Hugging Face kind (`huggingface.py`).
 Nothing is ever unpickled.
 """
@@ -17,7 +18,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from pdprune.errors import UserError
-from pdprune.files import write_atomically
+from pdprune.files import read_bytes, write_atomically
+from pdprune.targets import byte_pairs
 from pdprune.targets.huggingface import hugging_face_reader, is_hugging_face, load_hugging_face
 from pdprune.targets.reader import Reader, Tokenizer
 from pdprune.targets.tokenizer import AsciiTokenizer
@@ -34,6 +36,7 @@ from pdprune.targets.transformer import Transformer, TransformerConfig
 SHIPPED = Path(__file__).parent / "shipped"
 """Folder of the targets that come with the package, one folder each."""
 WEIGHTS = "model.safetensors"
+VOCABULARY = "tokenizer.json"
 
 
 class Target(NamedTuple):
@@ -91,7 +94,7 @@ def load_target(name_or_folder: str | Path) -> Target:
     _check(path, module.state_dict(), state)
     module.load_state_dict(state)
     module.eval().requires_grad_(False)
-    tokenizer = architecture.tokenizer() if architecture.tokenizer else None
+    tokenizer = _tokenizer(folder, architecture, config)
     return Target(module, tokenizer, folder.resolve().name, getattr(config, "max_length", None))
 
 
@@ -107,16 +110,33 @@ def load_reader(name_or_folder: str | Path) -> Reader:
     return Reader(target.tokenizer, target.name, target.max_length)
 
 
-def save_target(network: nn.Module, folder: Path) -> None:
-    """Write a network of one of the known architectures as `folder/model.safetensors`, for `load_target`."""
+def save_target(network: nn.Module, folder: Path, tokenizer_json: str | None = None) -> None:
+    """Write a network of one of the known architectures as `folder/model.safetensors`, for `load_target`.
+
+    Args:
+        network: what was trained.
+        folder: it is made if it is not there.
+        tokenizer_json: the vocabulary of byte pairs that it reads, if it does.
+    """
     key = next(key for key, architecture in ARCHITECTURES.items() if type(network) is architecture.module)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     header = {key: json.dumps(asdict(cast(Any, network.config)))}
+    if tokenizer_json is not None:
+        write_atomically(folder / VOCABULARY, tokenizer_json.encode())
     write_atomically(folder / WEIGHTS, save(state, metadata=header))
 
 
 def _folder(name_or_folder: str | Path) -> Path:
     return SHIPPED / name_or_folder if str(name_or_folder) in shipped_targets() else Path(name_or_folder)
+
+
+def _tokenizer(folder: Path, architecture: Architecture, config: Any) -> Tokenizer | None:
+    if architecture.tokenizer is None:
+        return None
+    vocabulary = folder / VOCABULARY
+    if vocabulary.is_file():
+        return byte_pairs.tokenizer_from(read_bytes(vocabulary).decode(), str(vocabulary), config.vocab_size)
+    return architecture.tokenizer()
 
 
 def _read(path: Path) -> tuple[Architecture, Any, dict[str, Tensor]]:

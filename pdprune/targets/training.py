@@ -1,4 +1,4 @@
-"""How the shipped targets were trained: AdamW on the next byte, optionally with few non-zero weights.
+"""How the shipped targets were trained: AdamW on the next token, optionally with few non-zero weights.
 
 Weight sparsity follows Gao et al. 2025 (arXiv 2511.13653): after every optimiser step each matrix keeps its entries of
 largest magnitude and the rest are set to zero; the fraction kept falls during training. Differences: it falls
@@ -50,10 +50,10 @@ class WeightSparsity:
 
 
 class TargetTrainer(LightningModule):
-    """Trains a `Transformer` to predict the next byte.
+    """Trains a `Transformer` to predict the next token, which for the targets that ship is a byte.
 
     The learning rate rises linearly over `warmup` of the steps, then falls along a cosine to `final_lr` of its peak.
-    Logs `train_loss` and `val_loss` in nats per byte, and `kept` (fraction of the matrices' entries that may be
+    Logs `train_loss` and `val_loss` in nats per token, and `kept` (fraction of the matrices' entries that may be
     non-zero) if sparse.
 
     Args:
@@ -95,14 +95,14 @@ class TargetTrainer(LightningModule):
         require_whole_model(self.trainer)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Float[Tensor, ""]:
-        """The mean loss of the whole batch, on all ranks, in nats per byte."""
-        loss = Ranks.of(self._trainer).mean(next_byte_loss(self.network, batch), batch["labels"].numel())
+        """The mean loss of the whole batch, on all ranks, in nats per token."""
+        loss = Ranks.of(self._trainer).mean(next_token_loss(self.network, batch), batch["labels"].numel())
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Logs the held-out loss, in nats per byte."""
-        loss = next_byte_loss(self.network, batch)
+        """Logs the held-out loss, in nats per token."""
+        loss = next_token_loss(self.network, batch)
         self.log("val_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -125,7 +125,7 @@ class TargetTrainer(LightningModule):
         The command line calls this at the end of a fit.
         """
         if self.trainer.is_global_zero:
-            save_target(self.network, folder / "target")
+            save_target(self.network, folder / "target", getattr(datamodule, "tokenizer_json", None))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, with warm-up and cosine stepped with the optimiser."""
@@ -154,8 +154,8 @@ class TargetTrainer(LightningModule):
         return int(total)
 
 
-def next_byte_loss(network: nn.Module, batch: dict[str, Any]) -> Float[Tensor, ""]:
-    """Cross-entropy of the next byte, averaged over all positions, in nats."""
+def next_token_loss(network: nn.Module, batch: dict[str, Any]) -> Float[Tensor, ""]:
+    """Cross-entropy of the next token, averaged over all positions, in nats."""
     logits_BTV = network(**batch["inputs"])
     return F.cross_entropy(logits_BTV.flatten(0, 1).float(), batch["labels"].flatten())
 

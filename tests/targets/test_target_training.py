@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pdprune.errors import UserError
 from pdprune.targets import StdlibCorpus, TargetTrainer, TransformerConfig, WeightSparsity, load_target
-from pdprune.targets.training import keep_largest, matrices_of, next_byte_loss
+from pdprune.targets.training import keep_largest, matrices_of, next_token_loss
 
 # 2026-11, until Lightning follows torch 2.13: it asks for the type of tree specs in a way that is going away.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
@@ -47,7 +47,7 @@ def test_the_loss_falls_and_the_result_can_be_loaded(library: Path, tmp_path: Pa
     untrained = TargetTrainer(SIZES)
     model = train(library, tmp_path, None)
     batch = corpus_of(library).batch("val", 0)
-    assert next_byte_loss(model.network, batch) < 0.5 * next_byte_loss(untrained.network, batch)
+    assert next_token_loss(model.network, batch) < 0.5 * next_token_loss(untrained.network, batch)
     model.finish(corpus_of(library), tmp_path)
     target = load_target(tmp_path / "target")
     torch.testing.assert_close(target.module(**batch["inputs"]), model.network(**batch["inputs"]))
