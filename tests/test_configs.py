@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pdprune.targets import StdlibCorpus, Transformer, TransformerConfig, save_target
 from pdprune.train import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -25,18 +27,53 @@ OTHER_MACHINES = {
 """Overlays that ask for more than a machine may have, and how that is told; None runs, in test_cli_ranks."""
 
 
+SMALL = ["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+SMALL_CORPUS = ["--data.root", "library", "--data.vocabulary", "300", "--data.window", "16", "--data.batch_size", "2"]
+SMALL_NETWORK = {"vocab_size": 300, "max_length": 128, "n_layers": 1, "n_heads": 8, "d_model": 16, "d_mlp": 16}
+LARGE = {
+    "targets/large.yaml": [
+        *SMALL,
+        *SMALL_CORPUS,
+        *(part for name, size in SMALL_NETWORK.items() for part in (f"--model.model.{name}", str(size))),
+    ],
+    "decompose/large-py.yaml": [*SMALL, *SMALL_CORPUS],
+    "large-quote.yaml": SMALL,
+}
+"""Configs for a GPU, and what makes them small: their target is one of another size, on a library of twenty modules."""
+
+
+@pytest.fixture(scope="module")
+def large_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the configs for a GPU look for: `library/` and `runs/large/target/`."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "library").mkdir()
+    for i in range(20):
+        text = f"def function{i}(argument):\n    return argument + {i}\n" * 8
+        (folder / "library" / f"module{i:02}.py").write_text(text)
+    corpus = StdlibCorpus(str(folder / "library"), window=16, vocabulary=300)
+    corpus.setup()
+    network = Transformer(TransformerConfig(**SMALL_NETWORK))
+    save_target(network, folder / "runs" / "large" / "target", corpus.tokenizer_json)
+    return folder
+
+
 @pytest.mark.parametrize(
     "name",
     sorted({str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} - OTHER_MACHINES.keys()),
 )
-def test_config_runs_a_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_runs_a_step(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.chdir(tmp_path)
+    if name in LARGE:
+        shutil.copytree(request.getfixturevalue("large_target"), tmp_path, dirs_exist_ok=True)
     layers = [OVERLAYS[name], name] if name in OVERLAYS else [name]
     arguments = [argument for layer in layers for argument in ("--config", str(CONFIGS / layer))]
     # The rest of a fit, warm-up, selection and audit, has tests of its own, on smaller networks.
     for module in ("circuits.pruning.CircuitPruner", "decomposition.learning.ComponentLearner"):
         monkeypatch.setattr(f"pdprune.{module}.finish", lambda *_, **__: None)
     monkeypatch.setattr("pdprune.decomposition.learning.warm_up", lambda *_: None)
+    arguments += LARGE.get(name, [])
     assert main(["fit", *arguments, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]) == 0
     assert [path.name for path in tmp_path.glob("runs/*/checkpoints/finished")] == ["finished"]
 
