@@ -7,19 +7,13 @@ CONFIG is what `fit --config` takes, or the `config.yaml` of a run; the groups c
 from __future__ import annotations
 
 import argparse
-import pydoc
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from pdprune.circuit_config import CircuitConfig
 from pdprune.decomposition import Node, co_important, write_clusters
-from pdprune.decomposition.settings import Decomposition
 from pdprune.errors import UserError
-from pdprune.files import read_bytes
 
 
 def clusters_of(config: Path, on_above: float, together: float) -> tuple[list[Node], int]:
@@ -28,20 +22,9 @@ def clusters_of(config: Path, on_above: float, together: float) -> tuple[list[No
     Raises:
         UserError: a config that can't be read or describes no circuit.
     """
-    try:
-        given = OmegaConf.create({"seed_everything": 0} | yaml.safe_load(read_bytes(config)))
-        content: Any = OmegaConf.to_container(given, resolve=True)
-        decomposition, data = content["model"]["init_args"]["decomposition"], content["data"]
-        make_data = pydoc.locate(data["class_path"])
-        if not callable(make_data):
-            raise UserError(f"{config}: data.class_path: no class {data['class_path']!r}")
-        model = Decomposition(**{**decomposition, "nodes": None}).load()
-        batches = make_data(**data["init_args"]).train_batches()
-    except (yaml.YAMLError, OmegaConfBaseException, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{config}: it lacks or garbles {error}; expected the config of a circuit, with "
-            "model.init_args.decomposition and data"
-        ) from error
+    described = CircuitConfig.read(config)
+    model = replace(described.decomposition, nodes=None).load()
+    batches = described.make_data().train_batches()
     return co_important(model, batches, on_above, together), model.n_nodes
 
 

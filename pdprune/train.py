@@ -1,8 +1,8 @@
 """The command line: `python -m pdprune.train COMMAND --config FILE [--config OVERLAY] [--key value]`. Commands:
 
-    fit        train what the config describes; a circuit is then selected and audited
+    fit        train what the config describes; a circuit is then selected, audited, and shown in report.html
     validate   scores on the select split
-    test       the audit, on the held-out split
+    test       the audit, on the held-out split, and report.html
     predict    predictions.jsonl: the answers, prompt by prompt
 
 A run writes into `--trainer.default_root_dir`, by default `runs/<name of the last --config>`, not counting those of a
@@ -43,9 +43,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from omegaconf.errors import OmegaConfBaseException
 
 from pdprune.callbacks import LogEachValueOnce, OpenRunFolder, RunCheckpoint, StepProgress
+from pdprune.circuits.pruning import CircuitPruner
 from pdprune.config_errors import Given, explain
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.files import write_atomically
+from pdprune.progress import telling
 from pdprune.ranks import is_first_process, require_as_many_as_launched
 from pdprune.run_folder import AtomicCheckpointIO, RunFolder, read_checkpoint
 
@@ -223,6 +225,7 @@ class PdpruneCLI(LightningCLI):
         finish = getattr(model, "finish", None)
         if finish is not None:
             finish(datamodule=self.datamodule, folder=self.folder.path)
+        self._write_report(model)
         if self.trainer.is_global_zero:
             self.folder.mark_finished()
             print(f"Results are in {self.folder.path}")
@@ -232,6 +235,7 @@ class PdpruneCLI(LightningCLI):
 
     def test(self, model: LightningModule, **kwargs: Any) -> None:
         self._run("test", model, kwargs)
+        self._write_report(model)
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
         """Write the dicts that `predict_step` returns, a list of them for each batch, as JSON lines."""
@@ -242,6 +246,20 @@ class PdpruneCLI(LightningCLI):
         path = self.folder.path / "predictions.jsonl"
         write_atomically(path, "".join(lines).encode())
         print(f"Wrote {len(lines)} predictions to {path}")
+
+    def _write_report(self, model: LightningModule) -> None:
+        """The page of a circuit's run. Its results are safe by now: a page that fails is told of, and costs nothing."""
+        if not isinstance(model, CircuitPruner) or not self.trainer.is_global_zero:
+            return
+        from pdprune.report import REPORT_FILE, AuditedRun, write_report  # for circuits only
+
+        folder = self.folder.path
+        try:
+            with telling("report") as tell:
+                write_report(AuditedRun.of(model, self.datamodule, folder), tell=tell)
+        except Exception as error:
+            (folder / REPORT_FILE).unlink(missing_ok=True)  # it would show an earlier audit
+            print(f"pdprune: no {REPORT_FILE} was written: {' '.join(str(error).split())}", file=sys.stderr)
 
     def _run(self, command: str, model: LightningModule, kwargs: dict[str, Any]) -> Any:
         kwargs["ckpt_path"] = None if self._checkpoint is None else str(self._checkpoint)

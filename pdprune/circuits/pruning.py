@@ -296,6 +296,12 @@ class CircuitPruner(LightningModule):
             assert data is not None, "a CircuitPruner reads its splits from a LightningDataModule"
             self.prepare(data)
 
+    @property
+    def reference(self) -> Reference:
+        """What ablated parts are replaced by, as `prepare` measured it."""
+        assert self._reference is not None, "prepare first"
+        return self._reference
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam on the gates' parameters; nothing else learns."""
         return torch.optim.Adam([self.theta], lr=self.learning.lr, betas=(0.9, 0.98))

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pdprune.decomposition.model import DecomposedModel
@@ -299,9 +299,13 @@ def importance_mask(model: DecomposedModel, inputs: Any) -> Float[Tensor, "*lead
         return node_importances(model.importances(model.site_inputs(inputs)), model)
 
 
-def activations(site: Site, x: Tensor) -> Float[Tensor, "*lead C"]:
-    """`x·V[:, c]` of each component, where `x` is `[*lead, I]`, or ids `[*lead]` at an embedding."""
-    V = at_least_float32(site.V)
+def activations(
+    site: Site, x: Tensor, components: Int[Tensor, " k"] | None = None
+) -> Float[Tensor, "*lead C"] | Float[Tensor, "*lead k"]:
+    """`x·V[:, c]` of each component, or of some, where `x` is `[*lead, I]`, or ids `[*lead]` at an embedding."""
+    if site.reads_columns and components is not None:  # no identity as large as a vocabulary is built for a few of them
+        return (x[..., None] == components).to(site.U.dtype) if site.kind.reads_ids else x[..., components]
+    V = at_least_float32(site.V if components is None else site.V[:, components])
     return F.embedding(x, V) if site.kind.reads_ids else x.to(V.dtype) @ V
 
 

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pdprune.batches import as_batch
+from pdprune.decomposition.importances import activations
 from pdprune.decomposition.model import DecomposedModel
-from pdprune.decomposition.sites import Site
+from pdprune.decomposition.sites import Site, at_least_float32
 from pdprune.errors import UserError
 
 
@@ -67,6 +68,30 @@ def resample_reference(model: DecomposedModel, inputs: Any, partner_inputs: Any)
             f"resample reference: inputs of shapes {shapes} and partners of shapes {partner_shapes}, expected the same"
         )
     return model.site_inputs(partner_inputs)
+
+
+def from_reference(
+    site: Site, x: Tensor, reference: Tensor | None, components: Int[Tensor, " k"]
+) -> Float[Tensor, "*lead k"]:
+    """Activations of some components less their reference values: what ablating them takes away.
+
+    Args:
+        site: where the components are.
+        x: what it reads, `[*lead, I]`, or ids `[*lead]` at an embedding.
+        reference: its reference input, as means and resampling give it; None is zero.
+        components: by index.
+    """
+    values = activations(site, x, components)
+    if reference is None:
+        return values
+    if site.kind.reads_ids and reference.is_floating_point():  # frequencies of the ids
+        means = (
+            reference[..., components] if site.reads_columns else reference @ at_least_float32(site.V[:, components])
+        )
+    else:
+        means = activations(site, reference, components)
+    by_position = means.ndim == 2 and values.ndim == 3
+    return values - (means[: values.shape[1]] if by_position else means)
 
 
 def _sum_by_position(

@@ -1,0 +1,37 @@
+"""A circuit's run as a page to look at, and several of them side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pdprune.files import write_atomically
+from pdprune.report.audited_run import AuditedRun
+from pdprune.report.comparison import REPORT_FILE, comparison_of
+from pdprune.report.gather import gather
+from pdprune.report.page import comparison_page, report_page
+
+__all__ = ["REPORT_FILE", "AuditedRun", "write_comparison", "write_report"]
+
+Tell = Callable[[str], None]
+
+
+def write_report(run: AuditedRun, path: Path | None = None, tell: Tell = lambda doing: None) -> Path:
+    """Write the page of a run, by default as `report.html` into its folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = run.folder / REPORT_FILE if path is None else path
+    write_atomically(path, report_page(gather(run, tell)).encode())
+    return path
+
+
+def write_comparison(runs: Sequence[AuditedRun], path: Path, tell: Tell = lambda doing: None) -> Path:
+    """Write the page of several runs.
+
+    Raises:
+        UserError: the runs do not compare, or it cannot be written.
+    """
+    write_atomically(path, comparison_page(comparison_of(runs, path, tell)).encode())
+    return path

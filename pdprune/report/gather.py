@@ -1,0 +1,340 @@
+"""From an audited run to the figures of its report.
+
+What is shown beyond the audit costs passes through the model, as many as a fixed share of the audit's own: in large
+circuits some of it is shown on fewer examples, or for the nodes that matter most, and the page says so.
+"""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Callable, Sequence
+
+import torch
+
+from pdprune.batches import Batch
+from pdprune.circuits.edges import Edges, edges_of
+from pdprune.errors import UserError
+from pdprune.report.activity import Peak, peaks_of
+from pdprune.report.audited_run import CONFIG_FILE, AuditedRun
+from pdprune.report.curve import curve_of, ranking
+from pdprune.report.examples import Texts, texts_of
+from pdprune.report.figures import Context, Figures, Graph, NodeFigures, Origin, Series, Site
+from pdprune.report.verdict import checks_of, loss_title, verdict_of
+from pdprune.report.worst_case import Replay, adversary_of, n_ablated_by_site, replay, without_each
+from pdprune.report.writing import written_to_outputs
+
+EXAMPLES_SHOWN = 256
+"""Held-out examples that contexts and sufferers are chosen from."""
+CURVE_EXAMPLES = 48
+REMOVAL_PASSES = 36
+TRACING_PASSES = 20
+"""Passes over the held-out examples that removing each node, and tracing each node's edges, may cost."""
+LEAST_EXAMPLES = 4
+"""Below this many examples rather fewer nodes are looked at."""
+NODES_SHOWN = 2000
+EDGES_SHOWN = 4000
+CONTEXTS = 4
+OUTPUTS_SHOWN = 8
+POINTS_SHOWN = 400
+"""Of a training curve."""
+
+Tell = Callable[[str], None]
+
+
+def gather(run: AuditedRun, tell: Tell = lambda doing: None) -> Figures:
+    """Look into a run.
+
+    Args:
+        run: with its circuit and audit.
+        tell: told what is being done.
+    """
+    classes = _has_classes(run)
+    tell("texts")
+    batches = _first_examples(run)
+    texts = texts_of(run, batches)
+    site_names = _sites_in_order(run)
+    site_of = [site_names.index(node.components[0][0]) for node in run.model.nodes]
+    tell("edges")
+    shown, edges, notes = _traced(run, classes)
+    tell("removing nodes one by one")
+    worst, removed, removal_note = _removed(run, shown, edges)
+    tell("contexts")
+    nodes = _nodes(run, shown, edges, removed, site_of, batches, texts, notes)
+    tell("curve")
+    replayed = replay(run, run.some_examples(CURVE_EXAMPLES))
+    curve = curve_of(run, replayed, ranking(run, replayed, removed))
+    tell("the adversary's side")
+    of_batch = replay(run, batches[0])
+    adversary = adversary_of(run, batches, of_batch, site_of, classes)
+    return Figures(
+        name=run.folder.resolve().name,
+        task=run.circuit.task or "",
+        target=run.circuit.target.name,
+        loss=loss_title(run.audit.loss),
+        verdict=verdict_of(run.audit),
+        checks=checks_of(run.audit),
+        curve=curve,
+        sites=_sites(run, site_names, site_of, of_batch),
+        graph=Graph(
+            nodes=nodes,
+            edges=_strongest(edges),
+            answer=_answer_name(run, classes),
+            worst=worst,
+            notes=[note for note in (*notes, removal_note) if note],
+        ),
+        adversary=adversary,
+        training=_training(run),
+        origin=_origin(run),
+        vocabulary=texts.vocabulary,
+        texts=texts.texts,
+    )
+
+
+def _has_classes(run: AuditedRun) -> bool:
+    """Whether outputs are logits, as the audit sees it."""
+    return run.audit.adversarial.flipped is not None
+
+
+def _first_examples(run: AuditedRun) -> list[Batch]:
+    """The held-out batches up to a number of examples, the last of them cut."""
+    batches: list[Batch] = []
+    left = EXAMPLES_SHOWN
+    for batch in run.batches:
+        if left <= 0:
+            break
+        batches.append(batch if batch.size <= left else batch.select(torch.arange(left)))
+        left -= batch.size
+    return batches
+
+
+def _sites_in_order(run: AuditedRun) -> list[str]:
+    """From input to output: as the target calls them."""
+    order: list[str] = []
+    handles = [
+        run.model.target.get_submodule(name).register_forward_hook(lambda *_, name=name: order.append(name))
+        for name in run.model.site_names
+    ]
+    try:
+        run.masked_loss(run.some_examples(1 if run.reference.kind != "resample" else 2))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(dict.fromkeys([*order, *run.model.site_names]))
+
+
+def _affordable(run: AuditedRun, passes: int, n_nodes: int) -> tuple[int, int]:
+    """How many examples, and for how many nodes, so that one pass a node stays within the budget."""
+    budget = passes * max(run.n_examples, EXAMPLES_SHOWN)
+    n_examples = max(LEAST_EXAMPLES, budget // max(1, n_nodes))
+    n_examples = min(n_examples, run.batches[0].size)
+    return n_examples, min(n_nodes, budget // n_examples)
+
+
+def _traced(run: AuditedRun, classes: bool) -> tuple[list[int], Edges | None, list[str]]:
+    """The nodes that are shown, and what they do to one another; notes say what was left out.
+
+    In a circuit too large to be traced as a whole, the nodes of the widest open gates are.
+    """
+    kept = run.circuit.kept
+    gates = run.circuit.gates.reshape(-1, run.circuit.n_nodes).amax(0)
+    n_examples, n_nodes = _affordable(run, TRACING_PASSES, min(len(kept), NODES_SHOWN))
+    shown = sorted(sorted(kept, key=lambda node: (-float(gates[node]), node))[:n_nodes])
+    notes = []
+    if run.circuit.keep.ndim > 1:
+        notes.append(
+            "This circuit keeps nodes position by position. A node is shown once, wherever it is kept at all, and "
+            "edges and contexts are those of all positions."
+        )
+    if len(shown) < len(kept):
+        notes.append(f"Shown are the {len(shown):,} of {len(kept):,} kept nodes whose gates are widest open.")
+    if not shown:
+        return [], None, [*notes, "The circuit keeps no node."]
+    batch = run.some_examples(n_examples)
+    try:
+        edges = edges_of(run.model, shown, batch, classes=classes, reference=run.masked_loss(batch).reference)
+    except UserError as error:
+        return shown, None, [*notes, f"No edges are shown: {error}."]
+    notes.append(
+        f"Effects and edges: gradient × activation on {batch.size:,} held-out examples, around the model with nothing "
+        "ablated; gradients stop at the other nodes that are shown."
+    )
+    return shown, edges, notes
+
+
+def _removed(run: AuditedRun, shown: Sequence[int], edges: Edges | None) -> tuple[float | None, dict[int, float], str]:
+    """The worst case without each node, on as many examples as the budget allows."""
+    if not shown:
+        return None, {}, ""
+    n_examples, n_nodes = _affordable(run, REMOVAL_PASSES, len(shown))
+    effect = torch.zeros(len(shown)) if edges is None else edges.effect.abs()
+    order = [shown[int(place)] for place in effect.argsort(descending=True, stable=True)[:n_nodes]]
+    batch = run.some_examples(n_examples)
+    worst, removed = without_each(replay(run, batch), order)
+    few = "" if n_nodes == len(shown) else f", for the {n_nodes:,} nodes of the greatest effect"
+    note = (
+        f"Removals: the audit's worst source on {batch.size:,} held-out examples, with the node ablated besides{few}; "
+        "a new attack could find worse."
+    )
+    return worst, removed, note
+
+
+def _nodes(
+    run: AuditedRun,
+    shown: Sequence[int],
+    edges: Edges | None,
+    removed: dict[int, float],
+    site_of: Sequence[int],
+    batches: Sequence[Batch],
+    texts: Texts,
+    notes: list[str],
+) -> list[NodeFigures]:
+    if not shown:
+        return []
+    reference = run.reference.means
+    try:
+        peaks = peaks_of(run.model, shown, batches, reference, CONTEXTS)
+    except UserError as error:
+        peaks = [[] for _ in shown]
+        notes.append(f"No contexts are shown: {error}.")
+    written = _written(run, shown, peaks, batches)
+    if any(peaks) and not any(written.values()):
+        notes.append("No raised or lowered outputs are shown: no node writes to the outputs but through later layers.")
+    gates = run.circuit.gates.reshape(-1, run.circuit.n_nodes).amax(0)
+    keep = run.circuit.keep
+    found = []
+    for place, node in enumerate(shown):
+        raised, lowered = written.get(node, ([], []))
+        found.append(
+            NodeFigures(
+                node=node,
+                label=run.model.nodes[node].label,
+                site=site_of[node],
+                n_components=len(run.model.nodes[node].components),
+                gate=float(gates[node]),
+                positions=keep[:, node].nonzero().squeeze(-1).tolist() if keep.ndim == 2 else None,
+                effect=None if edges is None else float(edges.effect[place]),
+                direct=None if edges is None else float(edges.direct[place]),
+                removed=removed.get(node),
+                contexts=[
+                    Context(peak.example, peak.start - texts.first[peak.example], peak.values) for peak in peaks[place]
+                ],
+                raised=raised,
+                lowered=lowered,
+            )
+        )
+    return found
+
+
+Written = dict[int, tuple[list[tuple[str, float]], list[tuple[str, float]]]]
+
+
+def _written(
+    run: AuditedRun, shown: Sequence[int], peaks: Sequence[Sequence[Peak]], batches: Sequence[Batch]
+) -> Written:
+    """The outputs that each node raises and lowers most, in the first of its contexts."""
+    found: Written = {}
+    first = 0
+    for batch in batches:
+        here = [
+            (node, of_node[0])
+            for node, of_node in zip(shown, peaks, strict=True)
+            if of_node and first <= of_node[0].example < first + batch.size
+        ]
+        first_of_batch, first = first, first + batch.size
+        if not here:
+            continue
+        rows = torch.tensor([peak.example - first_of_batch for _, peak in here])
+        written = written_to_outputs(
+            run.model,
+            [node for node, _ in here],
+            batch.select(rows),
+            [peak.position for _, peak in here],
+            run.reference.means,
+        )
+        if written is None:
+            return {}
+        if _has_classes(run):
+            written = written - written.mean(-1, keepdim=True)  # a shift of all logits changes no answer
+        for (node, _), row in zip(here, written, strict=True):
+            if bool(row.any()):
+                found[node] = (_outputs(run, row), _outputs(run, -row, -1))
+    return found
+
+
+def _outputs(run: AuditedRun, row: torch.Tensor, sign: int = 1) -> list[tuple[str, float]]:
+    """The largest entries above zero, with what they are of."""
+    largest = row.argsort(descending=True, stable=True)[:OUTPUTS_SHOWN]
+    return [(_output_name(run, int(index)), sign * float(row[index])) for index in largest if row[index] > 0]
+
+
+def _output_name(run: AuditedRun, index: int) -> str:
+    return f"y{index}" if run.tokenizer is None or not _has_classes(run) else run.tokenizer.decode([index])
+
+
+def _strongest(edges: Edges | None) -> list[tuple[int, int, float]]:
+    if edges is None:
+        return []
+    flat = edges.strength.abs().flatten()
+    order = flat.argsort(descending=True, stable=True)[:EDGES_SHOWN]
+    n = len(edges.nodes)
+    return [
+        (place // n, place % n, float(edges.strength[place // n, place % n]))
+        for place in order.tolist()
+        if flat[place] > 0
+    ]
+
+
+def _sites(run: AuditedRun, names: Sequence[str], site_of: Sequence[int], replayed: Replay) -> list[Site]:
+    kept = set(run.circuit.kept)
+    ablated = n_ablated_by_site(run, replayed, site_of, len(names))
+    return [
+        Site(
+            name,
+            n_nodes=sum(site == index for site in site_of),
+            n_kept=sum(site == index and node in kept for node, site in enumerate(site_of)),
+            n_ablated=ablated[index],
+        )
+        for index, name in enumerate(names)
+    ]
+
+
+def _answer_name(run: AuditedRun, classes: bool) -> str:
+    if not classes:
+        return "the output's length along its own direction"
+    among = "the answers to choose from" if run.batches[0].choices is not None else "all outputs"
+    return f"the log-odds of the model's own answer among {among}"
+
+
+def _training(run: AuditedRun) -> list[Series]:
+    columns = run.metrics()
+    steps = columns.pop("step", [])
+    columns.pop("epoch", None)
+    series = []
+    for name, values in columns.items():
+        known = [(int(step), value) for step, value in zip(steps, values, strict=True) if None not in (step, value)]  # type: ignore[arg-type]
+        thinned = known[:: -(-len(known) // POINTS_SHOWN)] if known else []
+        if thinned:
+            series.append(Series(name, [step for step, _ in thinned], [float(value) for _, value in thinned]))  # type: ignore[arg-type]
+    return series
+
+
+def _origin(run: AuditedRun) -> Origin:
+    circuit, audit = run.circuit, run.audit
+    facts = [
+        ("task", circuit.task or "–"),
+        ("target", f"{circuit.target.name}, SHA-256 {circuit.target.sha256}"),
+        ("decomposition", f"{circuit.decomposition.name}, SHA-256 {circuit.decomposition.sha256}"),
+        ("scheme", circuit.scheme),
+        ("reference", circuit.reference),
+        ("scope", circuit.scope),
+        ("loss", circuit.loss),
+        ("seed", str(circuit.seed)),
+        ("held-out examples", f"{audit.n_examples:,} in batches of at most {audit.batch_size:,}"),
+        *((f"{package} version", version) for package, version in circuit.versions.items()),
+        ("Python version", platform.python_version()),
+    ]
+    path = shlex.quote(str(run.folder / CONFIG_FILE))
+    again = shlex.quote(f"{run.folder}-again")
+    command = f"python -m pdprune.train fit --config {path} --trainer.default_root_dir {again}"
+    return Origin(command, run.config_text(), facts)

@@ -1,0 +1,120 @@
+"""What an audit found, in sentences that hold no more than it does."""
+
+from __future__ import annotations
+
+from pdprune.circuits.findings import Audit, Score
+from pdprune.report.figures import Check, Standing, Verdict
+
+LOSS_NAMES = {"kl": "KL to the model", "ce": "cross-entropy", "mse": "mean squared distance from the model"}
+UNITS = {"kl": " nats", "ce": " nats"}
+SCHEMES = {
+    "complete": "pruned with complete ablation",
+    "stochastic": "pruned with random ablation",
+    "adversarial": "pruned adversarially",
+}
+SCOPES = {
+    "batch": "one choice of what to ablate for a whole batch of {size:,} examples",
+    "universal": "one choice of what to ablate for all examples",
+    "position": "a choice of what to ablate for each position, the same for a whole batch of {size:,} examples",
+    "example": "a choice of what to ablate for each example by itself",
+    "example_position": "a choice of what to ablate for each token by itself",
+}
+
+
+def loss_title(loss: str) -> str:
+    """A loss as axes and sentences name it."""
+    return LOSS_NAMES.get(loss, loss)
+
+
+def verdict_of(audit: Audit) -> Verdict:
+    """The audit in three sentences: what came out, how hard the adversary tried, whether it was done."""
+    found = audit.adversarial
+    kept = f"{audit.n_kept:,} of {audit.n_nodes:,} nodes" if audit.n_kept else f"No node of {audit.n_nodes:,}"
+    worst = number(found.loss)
+    loss, unit = loss_title(audit.loss), UNITS.get(audit.loss, "")
+    held = "held-out examples" if audit.held_out else "examples"
+    on = f"{audit.n_examples:,} {held}"
+    compared = f"ablating all the rest gives {number(audit.complete_loss)}, the model itself {number(audit.model_loss)}"
+    standing: Standing = "no_target"
+    if audit.faithful is None:
+        came_out = (f"{kept} leave a {loss} of at most {worst}{unit} in the worst case found on {on}",)
+    elif audit.faithful:
+        standing = "faithful"
+        came_out = (
+            f"Faithful under this attack: {kept} keep the {loss} at {worst}{unit} in the worst case found on {on}, "
+            f"within the target of {number(audit.target_loss)}"
+        )
+    else:
+        standing = "unfaithful"
+        came_out = (
+            f"Not faithful: with {kept} kept, an adversary raises the {loss} to {worst}{unit} on {on}, above the "
+            f"target of {number(audit.target_loss)}"
+        )
+    return Verdict(standing, f"{came_out}; {compared}.", _budget(audit), _convergence(audit), found.converged)
+
+
+def checks_of(audit: Audit) -> list[Check]:
+    """The audit as a table."""
+    task, kl, random = audit.task, audit.kl, audit.random_circuits
+    checks = [
+        _check("the model itself", audit.model_loss, task and task.model, None if kl is None else 0.0),
+        _check("the rest ablated", audit.complete_loss, task and task.complete, kl and kl.complete),
+        _check(
+            f"the rest at random, mean of {audit.stochastic.draws}",
+            audit.stochastic.mean,
+            task and task.stochastic,
+            kl and kl.stochastic,
+        ),
+        _check("the rest at random, worst draw", audit.stochastic.max),
+        _check("the rest by the adversary", audit.adversarial.loss, task and task.adversarial, kl and kl.adversarial),
+        _check("the circuit ablated, the rest kept", audit.complement_loss),
+    ]
+    if random is not None:
+        drawn = f"a random circuit of that size (mean of {random.n})"
+        checks.append(_check(f"{drawn}, the rest ablated", random.complete_loss))
+        checks.append(_check(f"{drawn}, the rest by the adversary", random.adversarial_loss))
+    return checks
+
+
+def number(value: float | None) -> str:
+    """Three decimals, or more where the value is small."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
+
+
+def _check(name: str, loss: float, score: Score | None = None, kl: float | None = None) -> Check:
+    return Check(name, loss, score and score.ce, score and score.accuracy, kl)
+
+
+def _budget(audit: Audit) -> str:
+    found, scope = audit.adversarial, SCOPES[audit.scope].format(size=audit.batch_size)
+    if found.steps == 0:
+        climbs = "tried every subset of the nodes that are not kept"
+    else:
+        climbs = (
+            f"climbed from {found.restarts} starts for {found.steps} steps of {found.step_size:g}, beside ablating "
+            f"all, none, {audit.stochastic.draws} random draws, and flipping nodes one by one and together"
+        )
+    ladder = ", ".join(f"{rung.steps} steps {number(rung.loss)}" for rung in found.ladder)
+    flipped = "" if found.flipped is None else f" It changes the answer of {found.flipped:.1%} of the examples."
+    return f"The adversary made {scope}; it {climbs}." + (f" By budget: {ladder}." if ladder else "") + flipped
+
+
+def _convergence(audit: Audit) -> str:
+    match audit.adversarial.converged:
+        case True:
+            return (
+                "The attack had converged: longer climbs and an attack of another kind found hardly more. That is "
+                "still a lower bound on the worst case, not a proof."
+            )
+        case False:
+            return (
+                "The attack had not converged: a longer or a different one climbed further, so the worst case is "
+                "likely higher still."
+            )
+        case _:
+            return (
+                "Whether the attack had converged was not tried: `python -m pdprune.train test` attacks longer and in "
+                "another way. Until then this is what one attack found, a lower bound on the worst case."
+            )
