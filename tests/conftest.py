@@ -19,3 +19,7 @@ torch.set_num_threads(1)
 def _global_random_state_is_left_alone() -> None:
     """A test must not depend on what ran before it."""
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", default=None, help="a folder for pictures of the pages that are tested")

@@ -87,7 +87,7 @@ def fit(*args: str) -> int:
 def results() -> dict[str, Any]:
     folder = Path("runs/circuit")
     tensors = load_file(folder / "circuit.safetensors")
-    names = ("circuit.json", "audit.json", "metrics.csv", "config.yaml")
+    names = ("circuit.json", "audit.json", "metrics.csv", "config.yaml", "report.html")
     return {name: (folder / name).read_text() for name in names} | {
         name: tensor.tolist() for name, tensor in tensors.items()
     }
@@ -113,7 +113,7 @@ def test_killed_at_random_moments_and_resumed(uninterrupted: dict[str, Any]) -> 
 
 
 def test_killed_just_before_each_file_of_the_end(uninterrupted: dict[str, Any]) -> None:
-    for name in ("circuit.json", "audit.json"):
+    for name in ("circuit.json", "audit.json", "report.html"):
         assert in_a_child(lambda name=name: _fit_dying_before(name)) == -signal.SIGKILL
         assert not Path("runs/circuit", name).exists()
         assert fit("--ckpt_path", "last") == 0

@@ -58,7 +58,10 @@ def peaks_of(
         UserError: a site that the target calls several times, or never.
     """
     heights = torch.cat(
-        [values.abs().reshape(len(values), -1, len(nodes)).amax(1) for _, values, _ in _parts(model, nodes, batches, reference)]
+        [
+            values.abs().reshape(len(values), -1, len(nodes)).amax(1)
+            for _, values, _ in _parts(model, nodes, batches, reference)
+        ]
     )
     best = heights.argsort(dim=0, descending=True, stable=True)[:contexts]  # [contexts, k]
     peaks: list[list[Peak | None]] = [[None] * len(best) for _ in nodes]

@@ -79,6 +79,8 @@ class AuditedRun:
         Raises:
             UserError: the folder lacks a result, or target or data are not what they were.
         """
+        if not folder.is_dir():
+            raise UserError(f"{folder}: there is no such folder; expected that of a finished fit of a circuit")
         circuit, audit = Circuit.load(folder), Audit.load(folder)
         config = CircuitConfig.read(folder / CONFIG_FILE)
         model, data = config.decomposition.load(), config.make_data()

@@ -34,7 +34,8 @@ class Texts:
 def texts_of(run: AuditedRun, batches: list[Batch]) -> Texts:
     """Examples as text where the target reads some, else as what it reads."""
     vocabulary: dict[str, int] = {}
-    texts, firsts = [], []
+    texts: list[Text] = []
+    firsts: list[int] = []
     answers = [getattr(prompt, "answer", None) for prompt in run.prompts]
     for batch in batches:
         read, mask = first_tensor(batch.inputs).cpu(), _mask(batch)

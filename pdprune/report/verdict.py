@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdprune.circuits.findings import Audit, Score
+from pdprune.circuits.findings import Audit
 from pdprune.report.figures import Check, Standing, Verdict
 
 LOSS_NAMES = {"kl": "KL to the model", "ce": "cross-entropy", "mse": "mean squared distance from the model"}
@@ -29,7 +29,7 @@ def loss_title(loss: str) -> str:
 def verdict_of(audit: Audit) -> Verdict:
     """The audit in three sentences: what came out, how hard the adversary tried, whether it was done."""
     found = audit.adversarial
-    kept = f"{audit.n_kept:,} of {audit.n_nodes:,} nodes" if audit.n_kept else f"No node of {audit.n_nodes:,}"
+    kept = f"{audit.n_kept:,} of {audit.n_nodes:,} nodes"
     worst = number(found.loss)
     loss, unit = loss_title(audit.loss), UNITS.get(audit.loss, "")
     held = "held-out examples" if audit.held_out else "examples"
@@ -37,7 +37,7 @@ def verdict_of(audit: Audit) -> Verdict:
     compared = f"ablating all the rest gives {number(audit.complete_loss)}, the model itself {number(audit.model_loss)}"
     standing: Standing = "no_target"
     if audit.faithful is None:
-        came_out = (f"{kept} leave a {loss} of at most {worst}{unit} in the worst case found on {on}",)
+        came_out = f"{kept} leave the {loss} at {worst}{unit} in the worst case found on {on}"
     elif audit.faithful:
         standing = "faithful"
         came_out = (
@@ -55,24 +55,25 @@ def verdict_of(audit: Audit) -> Verdict:
 
 def checks_of(audit: Audit) -> list[Check]:
     """The audit as a table."""
-    task, kl, random = audit.task, audit.kl, audit.random_circuits
+
+    def check(name: str, loss: float, scheme: str) -> Check:
+        score = None if audit.task is None else getattr(audit.task, scheme)
+        kl = None if audit.kl is None else getattr(audit.kl, scheme, 0.0)  # the model's own is 0
+        return Check(name, loss, score and score.ce, score and score.accuracy, kl)
+
+    draws, random = audit.stochastic, audit.random_circuits
     checks = [
-        _check("the model itself", audit.model_loss, task and task.model, None if kl is None else 0.0),
-        _check("the rest ablated", audit.complete_loss, task and task.complete, kl and kl.complete),
-        _check(
-            f"the rest at random, mean of {audit.stochastic.draws}",
-            audit.stochastic.mean,
-            task and task.stochastic,
-            kl and kl.stochastic,
-        ),
-        _check("the rest at random, worst draw", audit.stochastic.max),
-        _check("the rest by the adversary", audit.adversarial.loss, task and task.adversarial, kl and kl.adversarial),
-        _check("the circuit ablated, the rest kept", audit.complement_loss),
+        check("the model itself", audit.model_loss, "model"),
+        check("the rest ablated", audit.complete_loss, "complete"),
+        check(f"the rest at random, mean of {draws.draws}", draws.mean, "stochastic"),
+        Check("the rest at random, worst draw", draws.max),
+        check("the rest by the adversary", audit.adversarial.loss, "adversarial"),
+        Check("the circuit ablated, the rest kept", audit.complement_loss),
     ]
     if random is not None:
         drawn = f"a random circuit of that size (mean of {random.n})"
-        checks.append(_check(f"{drawn}, the rest ablated", random.complete_loss))
-        checks.append(_check(f"{drawn}, the rest by the adversary", random.adversarial_loss))
+        checks.append(Check(f"{drawn}, the rest ablated", random.complete_loss))
+        checks.append(Check(f"{drawn}, the rest by the adversary", random.adversarial_loss))
     return checks
 
 
@@ -81,10 +82,6 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
-
-
-def _check(name: str, loss: float, score: Score | None = None, kl: float | None = None) -> Check:
-    return Check(name, loss, score and score.ce, score and score.accuracy, kl)
 
 
 def _budget(audit: Audit) -> str:

@@ -45,8 +45,8 @@ def written_to_outputs(
         reference: what its activation is measured from.
 
     Returns:
-        to first order, `[k, V]`; zeros for a node that reaches the outputs through other matrices only. None for a target
-        with operations that cannot be differentiated forwards.
+        to first order, `[k, V]`; zeros for a node that reaches the outputs through other matrices only. None for a
+        target with operations that cannot be differentiated forwards.
     """
     here = to_device(batch, model.delta_sites.device)
     readout = _readout(model, here.select(torch.tensor([0], device=model.delta_sites.device)))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -35,17 +37,29 @@ def installed() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
+def _pipe() -> tuple[int, int]:
+    """A pipe whose descriptors are none of those that the protocol wants."""
+    ends = os.pipe()
+    high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
+    for end in ends:
+        os.close(end)
+    return high[0], high[1]
+
+
 class Browser:
     """A Chromium of its own, ended with the `with` block."""
 
     def __init__(self, executable: str) -> None:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        read_here, write_there = os.pipe()
-        read_there, write_here = os.pipe()
+        read_here, write_there = _pipe()
+        read_there, write_here = _pipe()
         profile = f"--user-data-dir={self._folder.name}"
         # The protocol wants its pipes at descriptors 3 and 4.
+        moved = (
+            f"import os, sys; os.dup2({read_there}, 3); os.dup2({write_there}, 4); os.execv(sys.argv[1], sys.argv[1:])"
+        )
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$0" "$@" 3<&{read_there} 4>&{write_there}', executable, *FLAGS, profile],
+            [sys.executable, "-I", "-S", "-c", moved, executable, *FLAGS, profile],
             pass_fds=(read_there, write_there),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -134,6 +148,11 @@ class Page:
     def text(self, selector: str) -> str:
         """What an element shows."""
         return str(self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText"))
+
+    def set_value(self, selector: str, value: object, event: str = "input") -> None:
+        """Change a control as a person would, whom it tells so."""
+        control = f"document.querySelector({json.dumps(selector)})"
+        self.evaluate(f"{control}.value = {json.dumps(value)}; {control}.dispatchEvent(new Event('{event}'))")
 
     def move_to(self, x: float, y: float) -> None:
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)

@@ -35,7 +35,7 @@ pdprune.chart = (container, { lines, marks = [], levels = [], shaded = null, xTi
       },
       axes: [
         { ...axis, label: xTitle, labelSize: 20, size: 34, values: (_, splits) => splits.map(tick) },
-        { ...axis, label: yTitle || null, labelSize: yTitle ? 20 : 0, size: 50, ...(logY ? { splits: (_, __, low, high) => roundBetween(low, high) , filter: (_, splits) => splits } : {}), values: (_, splits) => splits.map((y) => (logY && y <= floor && ys.some((each) => each < floor) ? `≤ ${tick(y)}` : tick(y))) },
+        { ...axis, label: yTitle || null, labelSize: yTitle ? 20 : 0, size: 50, ...(logY ? { splits: (_, __, low, high) => roundBetween(low, high), filter: (_, splits) => splits } : {}), values: (_, splits) => splits.map((y) => (logY && y <= floor && ys.some((each) => each < floor) ? `≤ ${tick(y)}` : tick(y))) },
       ],
       series: [
         { label: xTitle, value: (_, x) => (x === null || x === undefined ? "–" : pdprune.count(x)) },
@@ -79,6 +79,8 @@ pdprune.chart = (container, { lines, marks = [], levels = [], shaded = null, xTi
   }
 
   function drawMarks(u) {
+    u.ctx.save();
+    u.ctx.setLineDash([]);
     for (const mark of marks.filter(({ y }) => y !== null)) {
       u.ctx.beginPath();
       u.ctx.arc(u.valToPos(mark.x, "x", true), u.valToPos(placed(mark.y), "y", true), 5.5 * devicePixelRatio, 0, 2 * Math.PI);
@@ -88,6 +90,7 @@ pdprune.chart = (container, { lines, marks = [], levels = [], shaded = null, xTi
       u.ctx.fill();
       u.ctx.stroke();
     }
+    u.ctx.restore();
   }
 };
 

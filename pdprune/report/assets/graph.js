@@ -9,11 +9,11 @@ pdprune.circuitGraph = () => {
   const all = [...graph.edges, ...graph.nodes.flatMap((node, place) => (node.direct ? [[place, graph.nodes.length, node.direct]] : []))]
     .sort((a, b) => Math.abs(b[2]) - Math.abs(a[2]));
   const strongest = all.length ? Math.abs(all[0][2]) : 1;
-  const state = { hovered: null, pinned: null, shown: Math.min(all.length, 250), query: "", matches: null };
+  const state = { hovered: null, pinned: null, shown: Math.min(all.length, 40 + 2 * graph.nodes.length, 250), query: "", matches: null };
 
   // -- where nodes lie: a band for each site, the first at the bottom; in a band the strongest in the middle
 
-  const CELL = 30, GAP = 56;
+  const CELL = 30, GAP = 56, LARGEST_FIT = 1.6;
   const bands = sites.map((_, site) => graph.nodes.flatMap((node, place) => (node.site === site ? [place] : []))
     .sort((a, b) => Math.abs(graph.nodes[b].effect ?? 0) - Math.abs(graph.nodes[a].effect ?? 0)));
   const rowsIn = (columns) => bands.map((band) => Math.max(1, Math.ceil(band.length / columns)));
@@ -52,12 +52,19 @@ pdprune.circuitGraph = () => {
 
   // -- how they look
 
+  /** What sets a node apart within its site's band. */
+  const shortLabel = (node) => {
+    const prefix = `${sites[node.site].name}:`;
+    return node.label.startsWith(prefix) ? node.label.slice(prefix.length) : node.label;
+  };
+
   const harm = graph.nodes.map((node) => (node.removed === null || graph.worst === null ? 0 : Math.max(0, node.removed - graph.worst)));
   const mostHarm = Math.max(...harm, 1e-12), mostEffect = Math.max(...graph.nodes.map((node) => Math.abs(node.effect ?? 0)), 1e-12);
+  const toTheLeft = (band) => Math.min(0, 8 - band.data("width") / 2 + band.data("label").length * band.data("font") * 0.28);
   const style = () => [
-    { selector: "node[harm]", style: { width: "data(size)", height: "data(size)", "background-color": `mapData(harm, 0, 1, ${colour("node")}, ${colour("node-strong")})`, "border-width": 1, "border-color": colour("soft"), label: "data(label)", "font-size": 9, color: colour("ink"), "min-zoomed-font-size": 11, "text-valign": "bottom", "text-margin-y": 2, "text-outline-color": colour("card"), "text-outline-width": 2 } },
-    { selector: ".site", style: { shape: "round-rectangle", "corner-radius": 8, width: "data(width)", height: "data(height)", "background-color": colour("plain-back"), "background-opacity": 0.55, "border-width": 0, "z-index": 0, "z-index-compare": "manual", label: "data(label)", "font-size": "data(font)", color: colour("soft"), "text-valign": "top", "text-halign": "center", "text-margin-y": 4, "text-background-color": colour("card"), "text-background-opacity": 0.85, "text-background-padding": 2, "min-zoomed-font-size": 0, events: "no" } },
-    { selector: ".answer", style: { shape: "round-rectangle", width: 120, height: 26, "background-color": colour("accent"), "border-width": 0, color: colour("card"), "text-valign": "center", "text-margin-y": 0, "text-outline-width": 0, "font-size": 14, "min-zoomed-font-size": 0 } },
+    { selector: "node[harm]", style: { width: "data(size)", height: "data(size)", "background-color": `mapData(harm, 0, 1, ${colour("node")}, ${colour("node-strong")})`, "border-width": 1, "border-color": colour("soft"), label: "data(short)", "text-wrap": "ellipsis", "text-max-width": CELL, "font-size": 9, color: colour("ink"), "min-zoomed-font-size": 11, "text-valign": "bottom", "text-margin-y": 2, "text-outline-color": colour("card"), "text-outline-width": 2 } },
+    { selector: ".site", style: { shape: "round-rectangle", "corner-radius": 8, width: "data(width)", height: "data(height)", "background-color": colour("plain-back"), "background-opacity": 0.55, "border-width": 0, "z-index": 0, "z-index-compare": "manual", label: "data(label)", "font-size": "data(font)", color: colour("soft"), "text-valign": "top", "text-halign": "center", "text-margin-y": 4, "text-margin-x": toTheLeft, "text-background-color": colour("card"), "text-background-opacity": 0.85, "text-background-padding": 2, "min-zoomed-font-size": 0, events: "no" } },
+    { selector: ".answer", style: { shape: "round-rectangle", width: 120, height: 26, "background-color": colour("accent"), "border-width": 0, color: colour("card"), "text-valign": "center", "text-margin-y": 0, "text-outline-width": 0, "text-max-width": 120, "font-size": 14, "min-zoomed-font-size": 0 } },
     { selector: "edge", style: { "curve-style": "straight", width: "mapData(share, 0, 1, 0.5, 5)", "line-color": colour("soft"), opacity: "mapData(share, 0, 1, 0.18, 0.85)", events: "no" } },
     { selector: "edge.plus", style: { "line-color": `rgb(${colour("more")})` } },
     { selector: "edge.minus", style: { "line-color": `rgb(${colour("less")})` } },
@@ -65,16 +72,16 @@ pdprune.circuitGraph = () => {
     { selector: "edge.near", style: { opacity: 0.95, width: "mapData(share, 0, 1, 1.2, 7)", "z-index": 9 } },
     { selector: "node.near", style: { "border-width": 2, "border-color": colour("ink") } },
     { selector: "node.match", style: { "border-width": 3, "border-color": colour("accent") } },
-    { selector: "node.chosen", style: { "border-width": 4, "border-color": colour("ink"), "z-index": 10, "min-zoomed-font-size": 0, "font-size": 16, "text-outline-width": 3 } },
+    { selector: "node.chosen", style: { "border-width": 4, "border-color": colour("ink"), "z-index": 10, label: "data(label)", "text-max-width": 400, "min-zoomed-font-size": 0, "font-size": 16, "text-outline-width": 3 } },
   ];
   const positions = layOut();
   const labelSize = () => Math.max(11, Math.min(44, 12 / scaleAt(Math.max(...grid.map((row) => row.length), 4))));
   const cy = cytoscape({
     container,
     elements: [
-      ...graph.nodes.map((node, place) => ({ data: { id: String(place), label: node.label, harm: Math.sqrt(harm[place] / mostHarm), size: 9 + 15 * Math.sqrt(Math.abs(node.effect ?? 0) / mostEffect) }, position: positions[place] })),
+      ...graph.nodes.map((node, place) => ({ data: { id: String(place), label: node.label, short: shortLabel(node), harm: Math.sqrt(harm[place] / mostHarm), size: 9 + 15 * Math.sqrt(Math.abs(node.effect ?? 0) / mostEffect) }, position: positions[place] })),
       ...sites.map((site, index) => ({ data: { id: `site-${index}`, label: `${site.name} · ${count(site.n_kept)} of ${count(site.n_nodes)}`, font: labelSize(), ...bandAt[index] }, position: positions[`site-${index}`], classes: "site", selectable: false })),
-      { data: { id: ANSWER, label: "the answer", size: 26, harm: 0 }, position: positions[ANSWER], classes: "answer" },
+      { data: { id: ANSWER, label: "the answer", short: "the answer", size: 26, harm: 0 }, position: positions[ANSWER], classes: "answer" },
     ],
     layout: { name: "preset" },
     style: style(),
@@ -86,7 +93,10 @@ pdprune.circuitGraph = () => {
     hideEdgesOnViewport: graph.nodes.length > 400,
     textureOnViewport: false,
   });
-  const fit = () => cy.fit(undefined, 12);
+  const fit = () => {
+    cy.fit(undefined, 12);
+    if (cy.zoom() > LARGEST_FIT) { cy.zoom(LARGEST_FIT); cy.center(); }
+  };
 
   // -- which edges are shown: the strongest, and all of the chosen node
 
