@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pdprune.adversary.objective import MaskedLoss, Reference
 from pdprune.batches import Batch, as_batches, to_device
 from pdprune.circuit_config import CircuitConfig
@@ -113,12 +111,6 @@ class AuditedRun:
         """The loss of some examples under masks."""
         here = to_device(batch, self.model.delta_sites.device)
         return MaskedLoss(self.model, here, self.loss, self.reference.on(self.model, here, index))
-
-    def some_examples(self, most: int) -> Batch:
-        """At most so many examples of the first batch, spread evenly over it."""
-        batch = self.batches[0]
-        n = max(1, min(most, batch.size))
-        return batch.select(torch.arange(n) * batch.size // n)
 
     def metrics(self) -> dict[str, list[float | None]]:
         """The columns of `metrics.csv`; empty without one."""

@@ -13,7 +13,7 @@ from pdprune.report.curve import curve_of, ranking
 from pdprune.report.figures import ComparedRun, Comparison, OverlapFigures, SiteRow
 from pdprune.report.gather import CURVE_EXAMPLES
 from pdprune.report.verdict import SCHEMES, checks_of, loss_title, verdict_of
-from pdprune.report.worst_case import replay
+from pdprune.report.worst_case import replay, spread_examples
 
 REPORT_FILE = "report.html"
 
@@ -53,7 +53,7 @@ def comparison_of(runs: Sequence[AuditedRun], page: Path, tell: Tell = lambda do
 
 
 def _compared(run: AuditedRun, name: str, page: Path) -> ComparedRun:
-    replayed = replay(run, run.some_examples(CURVE_EXAMPLES))
+    replayed = replay(run, spread_examples(replay(run, run.batches[0]), CURVE_EXAMPLES))
     report = run.folder / REPORT_FILE
     return ComparedRun(
         name=name,

@@ -105,9 +105,9 @@ def _random(run: AuditedRun, chosen: int) -> CurvePoint | None:
 def _note(run: AuditedRun, n_examples: int) -> str:
     attacked = f"{SMALL.restarts} restart of {SMALL.steps} sign steps of {SMALL.step_size:g}, from what the audit found"
     return (
-        f"Lines: circuits of other sizes on {n_examples:,} of the {run.n_examples:,} held-out examples. Nodes leave "
-        "and join by gate, and among equal gates by how much the worst case loses with them. The adversary's line is "
-        f"a lower bound, found with a small budget ({attacked}); the random line is the mean of {DRAWS} draws. Discs: "
-        "the audit of the chosen circuit, with its full budget, on all examples. Rings: its random circuits of that "
-        "size."
+        f"Lines: circuits of other sizes on {n_examples:,} of the {run.n_examples:,} held-out examples, spread evenly "
+        "from the least to the most hurt by the adversary. Nodes leave and join by gate, and among equal gates by how "
+        f"much the worst case loses with them. The adversary's line is a lower bound, found with a small budget "
+        f"({attacked}); the random line is the mean of {DRAWS} draws. Discs: the audit of the chosen circuit, with its "
+        "full budget, on all examples. Rings: its random circuits of that size."
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from pdprune.batches import Batch
+from pdprune.batches import Batch, to_device
 from pdprune.circuits.edges import Edges, edges_of
 from pdprune.errors import UserError
 from pdprune.report.activity import Peak, peaks_of
@@ -21,7 +21,7 @@ from pdprune.report.curve import curve_of, ranking
 from pdprune.report.examples import Texts, texts_of
 from pdprune.report.figures import Context, Figures, Graph, NodeFigures, Origin, Series, Site
 from pdprune.report.verdict import checks_of, loss_title, verdict_of
-from pdprune.report.worst_case import Replay, adversary_of, n_ablated_by_site, replay, without_each
+from pdprune.report.worst_case import Replay, adversary_of, n_ablated_by_site, replay, spread_examples, without_each
 from pdprune.report.writing import written_to_outputs
 
 EXAMPLES_SHOWN = 256
@@ -53,20 +53,20 @@ def gather(run: AuditedRun, tell: Tell = lambda doing: None) -> Figures:
     tell("texts")
     batches = _first_examples(run)
     texts = texts_of(run, batches)
-    site_names = _sites_in_order(run)
+    site_names = _sites_in_order(run, batches[0])
     site_of = [site_names.index(node.components[0][0]) for node in run.model.nodes]
+    whole = replay(run, batches[0])
     tell("edges")
-    shown, edges, notes = _traced(run, classes)
+    shown, edges, notes = _traced(run, whole, classes)
     tell("removing nodes one by one")
-    worst, removed, removal_note = _removed(run, shown, edges)
+    worst, removed, removal_note = _removed(run, whole, shown, edges)
     tell("contexts")
     nodes = _nodes(run, shown, edges, removed, site_of, batches, texts, notes)
     tell("curve")
-    replayed = replay(run, run.some_examples(CURVE_EXAMPLES))
+    replayed = replay(run, spread_examples(whole, CURVE_EXAMPLES))
     curve = curve_of(run, replayed, ranking(run, replayed, removed))
     tell("the adversary's side")
-    of_batch = replay(run, batches[0])
-    adversary = adversary_of(run, batches, of_batch, site_of, classes)
+    adversary = adversary_of(run, batches, whole, site_of, classes)
     return Figures(
         name=run.folder.resolve().name,
         task=run.circuit.task or "",
@@ -75,7 +75,7 @@ def gather(run: AuditedRun, tell: Tell = lambda doing: None) -> Figures:
         verdict=verdict_of(run.audit),
         checks=checks_of(run.audit),
         curve=curve,
-        sites=_sites(run, site_names, site_of, of_batch),
+        sites=_sites(run, site_names, site_of, whole),
         graph=Graph(
             nodes=nodes,
             edges=_strongest(edges),
@@ -108,7 +108,7 @@ def _first_examples(run: AuditedRun) -> list[Batch]:
     return batches
 
 
-def _sites_in_order(run: AuditedRun) -> list[str]:
+def _sites_in_order(run: AuditedRun, batch: Batch) -> list[str]:
     """From input to output: as the target calls them."""
     order: list[str] = []
     handles = [
@@ -116,7 +116,7 @@ def _sites_in_order(run: AuditedRun) -> list[str]:
         for name in run.model.site_names
     ]
     try:
-        run.masked_loss(run.some_examples(1 if run.reference.kind != "resample" else 2))
+        run.model(to_device(batch, run.model.delta_sites.device).inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -131,7 +131,7 @@ def _affordable(run: AuditedRun, passes: int, n_nodes: int) -> tuple[int, int]:
     return n_examples, min(n_nodes, budget // n_examples)
 
 
-def _traced(run: AuditedRun, classes: bool) -> tuple[list[int], Edges | None, list[str]]:
+def _traced(run: AuditedRun, whole: Replay, classes: bool) -> tuple[list[int], Edges | None, list[str]]:
     """The nodes that are shown, and what they do to one another; notes say what was left out.
 
     In a circuit too large to be traced as a whole, the nodes of the widest open gates are.
@@ -150,31 +150,34 @@ def _traced(run: AuditedRun, classes: bool) -> tuple[list[int], Edges | None, li
         notes.append(f"Shown are the {len(shown):,} of {len(kept):,} kept nodes whose gates are widest open.")
     if not shown:
         return [], None, [*notes, "The circuit keeps no node."]
-    batch = run.some_examples(n_examples)
+    batch = spread_examples(whole, n_examples)
     try:
         edges = edges_of(run.model, shown, batch, classes=classes, reference=run.masked_loss(batch).reference)
     except UserError as error:
         return shown, None, [*notes, f"No edges are shown: {error}."]
     notes.append(
-        f"Effects and edges: gradient × activation on {batch.size:,} held-out examples, around the model with nothing "
-        "ablated; gradients stop at the other nodes that are shown."
+        f"Effects and edges: gradient × activation on {batch.size:,} held-out examples, spread evenly from the least "
+        "to the most hurt by the adversary, around the model with nothing ablated; gradients stop at the other nodes "
+        "that are shown."
     )
     return shown, edges, notes
 
 
-def _removed(run: AuditedRun, shown: Sequence[int], edges: Edges | None) -> tuple[float | None, dict[int, float], str]:
+def _removed(
+    run: AuditedRun, whole: Replay, shown: Sequence[int], edges: Edges | None
+) -> tuple[float | None, dict[int, float], str]:
     """The worst case without each node, on as many examples as the budget allows."""
     if not shown:
         return None, {}, ""
     n_examples, n_nodes = _affordable(run, REMOVAL_PASSES, len(shown))
     effect = torch.zeros(len(shown)) if edges is None else edges.effect.abs()
     order = [shown[int(place)] for place in effect.argsort(descending=True, stable=True)[:n_nodes]]
-    batch = run.some_examples(n_examples)
+    batch = spread_examples(whole, n_examples)
     worst, removed = without_each(replay(run, batch), order)
     few = "" if n_nodes == len(shown) else f", for the {n_nodes:,} nodes of the greatest effect"
     note = (
-        f"Removals: the audit's worst source on {batch.size:,} held-out examples, with the node ablated besides{few}; "
-        "a new attack could find worse."
+        f"Removals: the audit's worst source on {batch.size:,} held-out examples, spread likewise, with the node "
+        f"ablated besides{few}; a new attack could find worse."
     )
     return worst, removed, note
 

@@ -56,6 +56,18 @@ def replay(run: AuditedRun, batch: Batch, index: int = 0) -> Replay:
     return Replay(game, attack(game, SMALL, generator(run.audit.seed, "report-attack", index)).entries)
 
 
+def spread_examples(replayed: Replay, most: int) -> Batch:
+    """At most so many of the replayed examples, from the least to the most hurt in equal steps.
+
+    So few of them have about the mean loss of all.
+    """
+    batch = replayed.game.losses[0].batch
+    by_loss = replayed.losses(replayed.mask).argsort(stable=True)
+    n = max(1, min(most, batch.size))
+    middles = (2 * torch.arange(n) + 1) * batch.size // (2 * n)
+    return batch.select(by_loss[middles.to(by_loss.device)])
+
+
 def game_of(run: AuditedRun, batch: Batch, index: int = 0, keep: Tensor | None = None) -> Game:
     """The circuit, or another one, on some examples, seen by the audit's adversary."""
     gates = (run.circuit.keep if keep is None else keep).float().to(run.model.delta_sites.device)

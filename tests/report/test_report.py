@@ -17,6 +17,7 @@ from test_cli_circuit import CONFIG, PROMPTS, network
 from pdprune.report import AuditedRun
 from pdprune.report.__main__ import main as report
 from pdprune.report.gather import gather
+from pdprune.report.worst_case import replay, spread_examples
 from pdprune.targets.store import save_target
 from pdprune.train import main
 
@@ -127,6 +128,10 @@ def test_nodes_have_contexts_removals_and_outputs() -> None:
     assert max(node.removed or 0 for node in figures.graph.nodes) > (figures.graph.worst or 0)
     read = ["".join(figures.vocabulary[token] for token in text.tokens) for text in figures.texts]
     assert read == [prompt.text for prompt in run.prompts]
+    replayed = replay(run, run.batches[0])
+    assert float(replayed.losses(replayed.mask).mean()) == pytest.approx(run.audit.adversarial.loss, abs=1e-5)
+    some = spread_examples(replayed, 4)
+    assert some.size == 4 and figures.graph.worst == pytest.approx(run.audit.adversarial.loss, rel=0.5)
     for example in figures.adversary.sufferers:
         assert example.model.probability is not None and example.attacked_loss >= 0
     assert [row.attacked_loss for row in figures.adversary.sufferers] == sorted(

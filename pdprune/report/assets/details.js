@@ -33,15 +33,14 @@ pdprune.showDetails = (place, { pinned, onLetGo, onChoose }) => {
     const most = graph.nodes.map((node, at) => [node.removed ?? -1, at]).filter(([removed]) => removed >= 0).sort(([a], [b]) => b - a).slice(0, 8);
     panel.replaceChildren(
       element("p", { class: "soft" }, "Hover, tap or use the arrow keys in the graph to see what a node reads and writes."),
-      ...(most.length === 0 ? [] : [element("h3", {}, `Most missed by the worst case, now ${number(graph.worst)}`),
+      ...(most.length === 0 ? [] : [element("h3", {}, "Without them the worst case rises most"),
         element("div", { class: "links" }, most.map(([removed, at]) => element("button", { class: "link", type: "button", style: `--tone: var(--more); --share: ${(100 * Math.max(0, removed - graph.worst) / Math.max(1e-30, most[0][0] - graph.worst)).toFixed(0)}%`, onclick: () => onChoose(at) },
-          element("span", {}, graph.nodes[at].label), element("span", {}, number(removed)))))]));
+          element("span", {}, graph.nodes[at].label), element("span", {}, signed(removed - graph.worst)))))]));
     return;
   }
   const node = graph.nodes[place];
   const answer = graph.nodes.length;
   const fact = (term, ...told) => [element("dt", {}, term), element("dd", {}, ...told)];
-  const breaks = figures.curve.target_loss !== null && node.removed !== null && node.removed > figures.curve.target_loss;
 
   const chips = (outputs) => element("div", { class: "chips" }, outputs.length === 0 ? element("span", { class: "soft" }, "none")
     : outputs.map(([output, value]) => element("span", { class: "chip" }, visible(output, true), element("small", {}, signed(value)))));
@@ -75,8 +74,7 @@ pdprune.showDetails = (place, { pinned, onLetGo, onChoose }) => {
       node.positions === null ? [] : fact("kept at positions", node.positions.join(", ")),
       fact("gate", number(node.gate)),
       node.effect === null ? [] : fact("effect on the answer", `${signed(node.effect)} (directly ${signed(node.direct)})`),
-      node.removed === null ? [] : fact("worst case without it", `${number(graph.worst)} → `,
-        element("b", { class: breaks ? "breach" : null }, number(node.removed)), breaks ? " above the target" : ""),
+      node.removed === null ? [] : fact("worst case without it", element("b", {}, signed(node.removed - graph.worst)), ` (${number(graph.worst)} → ${number(node.removed)})`),
     ),
     ...(node.raised.length + node.lowered.length === 0
       ? [element("h3", {}, "Raises and lowers"), element("p", { class: "note" }, "not available: it writes to the outputs through later layers only")]

@@ -256,7 +256,7 @@ pdprune.nodeTable = () => {
     { title: "site", sort: (node) => node.site, cell: (node) => sites[node.site].name },
     { title: "gate", number: true, sort: (node) => -node.gate, cell: (node) => number(node.gate) },
     { title: "effect", number: true, sort: (node) => -Math.abs(node.effect ?? 0), cell: (node) => (node.effect === null ? "–" : signed(node.effect)) },
-    { title: "worst case without it", number: true, sort: (node) => -(node.removed ?? -1), cell: (node) => number(node.removed) },
+    { title: "worst case without it", number: true, sort: (node) => -(node.removed ?? -Infinity), cell: (node) => (node.removed === null ? "–" : signed(node.removed - graph.worst)) },
     { title: "raises", sort: (node) => (node.raised.length ? node.raised[0][0] : "\uffff"), cell: (node) => element("code", {}, node.raised.slice(0, 4).map(([output]) => visible(output, true)).join("  ")) },
   ];
   const choose = (place) => {
