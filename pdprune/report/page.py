@@ -18,7 +18,8 @@ from pdprune.report.figures import Comparison, Figures, as_json
 
 STYLES = ("vendor/uPlot.min.css", "report.css")
 PLOTTING = ("vendor/uPlot-LICENSE.txt", "vendor/uPlot.iife.min.js")
-RUN_SCRIPTS = (*PLOTTING, "vendor/cytoscape.min.js", "dom.js", "charts.js", "details.js", "graph.js", "report.js")
+CIRCUIT_SCRIPTS = ("layout.js", "details.js", "graph.js", "node_table.js")
+RUN_SCRIPTS = (*PLOTTING, "vendor/cytoscape.min.js", "dom.js", "charts.js", *CIRCUIT_SCRIPTS, "report.js")
 COMPARISON_SCRIPTS = (*PLOTTING, "dom.js", "charts.js", "comparison.js")
 
 

@@ -162,8 +162,11 @@ class Page:
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
-    def tap(self, x: float, y: float) -> None:
-        self.send("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+    def touch(self, *moments: list[tuple[float, float]]) -> None:
+        """Fingers put down where they are first, moved from moment to moment, and lifted."""
+        for index, fingers in enumerate(moments):
+            points = [{"x": x, "y": y, "id": finger} for finger, (x, y) in enumerate(fingers)]
+            self.send("Input.dispatchTouchEvent", type="touchMove" if index else "touchStart", touchPoints=points)
         self.send("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def press(self, key: str) -> None:

@@ -203,9 +203,22 @@ def test_a_pinned_node_stays_until_it_is_let_go(report: Page) -> None:
 def test_tapping_on_a_narrow_screen(browser: Browser, pages: Path) -> None:
     page = browser.open(pages / "report.html", 400, 800)
     page.send("Emulation.setTouchEmulationEnabled", enabled=True)
-    page.tap(*place_of(page, 3))
+    page.touch([place_of(page, 3)])
     page.wait_for("document.getElementById('graph').dataset.chosen === '3'")
     assert "blocks.1.mlp.down:3" in page.text("#details")
+
+
+def test_fingers_scroll_the_page_and_zoom_the_graph(browser: Browser, pages: Path) -> None:
+    page = browser.open(pages / "report.html", 400, 800)
+    page.send("Emulation.setTouchEmulationEnabled", enabled=True)
+    page.evaluate("document.getElementById('graph').scrollIntoView()")
+    before, zoom = page.evaluate("[scrollY, pdprune.graph.cy.zoom()]")
+    page.touch(*([(200, 400 - 30 * moment)] for moment in range(8)))
+    page.wait_for(f"scrollY > {before} + 50")
+    assert chosen(page) == ""
+    page.evaluate("document.getElementById('graph').scrollIntoView()")
+    page.touch(*([(180 - 10 * moment, 250), (220 + 10 * moment, 250)] for moment in range(8)))
+    page.wait_for(f"pdprune.graph.cy.zoom() > {zoom} * 1.2")
 
 
 def test_keys_walk_pin_and_zoom(report: Page) -> None:

@@ -33,8 +33,10 @@ pdprune.percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(
 /** A token as it can be seen: line ends and tabs as signs, spaces too where they stand alone, the rest escaped. */
 pdprune.visible = (token, spaces = false) => {
   const signs = { "\n": "↵", "\t": "⇥", "\r": "␍" };
-  const shown = token.replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g, (character) =>
-    signs[character] ?? `\\u${character.charCodeAt(0).toString(16).padStart(4, "0")}`);
+  const shown = token.replace(
+    /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g,
+    (character) => signs[character] ?? `\\u${character.charCodeAt(0).toString(16).padStart(4, "0")}`,
+  );
   return spaces ? shown.replace(/ /g, "␣") : shown;
 };
 
@@ -53,9 +55,26 @@ pdprune.inEachTheme = (draw) => {
 /** A table. Columns: `{title, number, cell(row)}`; a cell is text or an element. On narrow screens rows are stacked. */
 pdprune.table = (columns, rows, { stacked = true, rowClass = () => null } = {}) => {
   const { element } = pdprune;
-  const head = columns.map((column) => element("th", { scope: "col", class: column.number ? "number" : null }, column.title));
-  const body = rows.map((row) => element("tr", { class: rowClass(row) }, columns.map((column) =>
-    element("td", { class: column.number ? "number" : null, "data-label": column.title || null }, column.cell(row)))));
-  return element("div", { class: "scroll" }, element("table", { class: stacked ? "stacked" : null },
-    element("thead", {}, element("tr", {}, head)), element("tbody", {}, body)));
+  const head = columns.map((column) =>
+    element("th", { scope: "col", class: column.number ? "number" : null }, column.title),
+  );
+  const body = rows.map((row) =>
+    element(
+      "tr",
+      { class: rowClass(row) },
+      columns.map((column) =>
+        element("td", { class: column.number ? "number" : null, "data-label": column.title || null }, column.cell(row)),
+      ),
+    ),
+  );
+  return element(
+    "div",
+    { class: "scroll" },
+    element(
+      "table",
+      { class: stacked ? "stacked" : null },
+      element("thead", {}, element("tr", {}, head)),
+      element("tbody", {}, body),
+    ),
+  );
 };
