@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pdprune.errors import UserError
-from pdprune.report.audited_run import AuditedRun
-from pdprune.report.curve import curve_of, ranking
+from pdprune.report.audited_run import CONFIG_FILE, AuditedRun
+from pdprune.report.curve import CURVE_EXAMPLES, curve_of, ranking
 from pdprune.report.figures import ComparedRun, Comparison, OverlapFigures, SiteRow
-from pdprune.report.gather import CURVE_EXAMPLES
 from pdprune.report.verdict import SCHEMES, checks_of, loss_title, verdict_of
 from pdprune.report.worst_case import replay, spread_examples
 
@@ -61,7 +60,7 @@ def _compared(run: AuditedRun, name: str, page: Path) -> ComparedRun:
         scheme=SCHEMES.get(run.circuit.scheme, run.circuit.scheme),
         n_nodes=run.circuit.n_nodes,
         n_kept=run.circuit.n_kept,
-        verdict=verdict_of(run.audit),
+        verdict=verdict_of(run.audit, run.folder / CONFIG_FILE),
         checks=checks_of(run.audit),
         curve=curve_of(run, replayed, ranking(run, replayed, {})),
     )

@@ -8,13 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pdprune.adversary.attack import attack
+from pdprune.adversary.attack import Ascent, attack
 from pdprune.adversary.game import Game
 from pdprune.report.audited_run import AuditedRun
 from pdprune.report.figures import Curve, CurvePoint
-from pdprune.report.worst_case import SMALL, Replay
+from pdprune.report.worst_case import Replay
 from pdprune.seeding import generator
 
+CURVE_EXAMPLES = 256
+CLIMB = Ascent(steps=3, step_size=0.5, restarts=1, draws=0, flips=0)
+"""From what hurt before: few steps, since many sizes are attacked."""
 DRAWS = 4
 SHARES_BELOW = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Of the chosen size."""
@@ -89,7 +92,7 @@ def _point(
     """`met` are sources that hurt other circuits, with what was free to choose there."""
     pool = [entries for entries, _ in met]
     pool += [torch.where(game.free & ~was_free, 0.0, entries) for entries, was_free in met]
-    worst = attack(game, SMALL, generator(seed, "report-curve", size), pool=pool)
+    worst = attack(game, CLIMB, generator(seed, "report-curve", size), pool=pool)
     with torch.no_grad():
         complete = float(game.loss(torch.zeros_like(worst.entries)).mean())
         draws = [game.draw(generator(seed, "report-draw", draw), coins=False) for draw in range(DRAWS)]
@@ -103,11 +106,14 @@ def _random(run: AuditedRun, chosen: int) -> CurvePoint | None:
 
 
 def _note(run: AuditedRun, n_examples: int) -> str:
-    attacked = f"{SMALL.restarts} restart of {SMALL.steps} sign steps of {SMALL.step_size:g}, from what the audit found"
+    on = (
+        f"all {n_examples:,} held-out examples"
+        if n_examples == run.n_examples
+        else f"{n_examples:,} of the {run.n_examples:,} held-out examples, spread evenly by how much they suffer"
+    )
     return (
-        f"Lines: circuits of other sizes on {n_examples:,} of the {run.n_examples:,} held-out examples, spread evenly "
-        "from the least to the most hurt by the adversary. Nodes leave and join by gate, and among equal gates by how "
-        f"much the worst case loses with them. The adversary's line is a lower bound, found with a small budget "
-        f"({attacked}); the random line is the mean of {DRAWS} draws. Discs: the audit of the chosen circuit, with its "
-        "full budget, on all examples. Rings: its random circuits of that size."
+        f"Lines: circuits of other sizes, on {on}. Nodes leave and join by gate, and among equal gates by how much the "
+        "worst case loses with them. The adversary's line is a lower bound, found with less than the audit's budget: "
+        f"{CLIMB.steps} sign steps of {CLIMB.step_size:g} from what hurt the chosen circuit and the next larger one. "
+        f"The random line is the mean of {DRAWS} draws."
     )

@@ -19,6 +19,8 @@ class Verdict:
 
     standing: Standing
     sentence: str
+    question: str
+    """What the adversary is for."""
     budget: str
     """How hard the adversary tried."""
     convergence: str
@@ -94,6 +96,7 @@ class NodeFigures:
         effect, direct: on the answer, along all paths and along those that meet no other kept node.
         removed: the worst case if it alone is removed; None where that was not tried.
         raised, lowered: outputs that it raises and lowers most where it is most active, with how much.
+        choices: what it adds there to the outputs that the task is decided among.
     """
 
     node: int
@@ -108,6 +111,7 @@ class NodeFigures:
     contexts: list[Context]
     raised: list[tuple[str, float]]
     lowered: list[tuple[str, float]]
+    choices: list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,7 @@ class Figures:
     """The name of the loss, for axes and tables."""
     verdict: Verdict
     checks: list[Check]
+    checks_note: str
     curve: Curve
     sites: list[Site]
     """In the order in which the target calls them."""

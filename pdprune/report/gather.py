@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,16 +18,15 @@ from pdprune.circuits.edges import Edges, edges_of
 from pdprune.errors import UserError
 from pdprune.report.activity import Peak, peaks_of
 from pdprune.report.audited_run import CONFIG_FILE, AuditedRun
-from pdprune.report.curve import curve_of, ranking
+from pdprune.report.curve import CURVE_EXAMPLES, curve_of, ranking
 from pdprune.report.examples import Texts, texts_of
 from pdprune.report.figures import Context, Figures, Graph, NodeFigures, Origin, Series, Site
-from pdprune.report.verdict import checks_of, loss_title, verdict_of
+from pdprune.report.verdict import checks_note, checks_of, loss_title, verdict_of
 from pdprune.report.worst_case import Replay, adversary_of, n_ablated_by_site, replay, spread_examples, without_each
 from pdprune.report.writing import written_to_outputs
 
 EXAMPLES_SHOWN = 256
 """Held-out examples that contexts and sufferers are chosen from."""
-CURVE_EXAMPLES = 48
 REMOVAL_PASSES = 36
 TRACING_PASSES = 20
 """Passes over the held-out examples that removing each node, and tracing each node's edges, may cost."""
@@ -72,8 +72,9 @@ def gather(run: AuditedRun, tell: Tell = lambda doing: None) -> Figures:
         task=run.circuit.task or "",
         target=run.circuit.target.name,
         loss=loss_title(run.audit.loss),
-        verdict=verdict_of(run.audit),
+        verdict=verdict_of(run.audit, run.folder / CONFIG_FILE),
         checks=checks_of(run.audit),
+        checks_note=checks_note(run.audit),
         curve=curve,
         sites=_sites(run, site_names, site_of, whole),
         graph=Graph(
@@ -158,7 +159,7 @@ def _traced(run: AuditedRun, whole: Replay, classes: bool) -> tuple[list[int], E
     notes.append(
         f"Effects and edges: gradient × activation on {batch.size:,} held-out examples, spread evenly from the least "
         "to the most hurt by the adversary, around the model with nothing ablated; gradients stop at the other nodes "
-        "that are shown."
+        "that are shown. An edge is summed over positions: attention carries it across them, an MLP stays within one."
     )
     return shown, edges, notes
 
@@ -207,7 +208,7 @@ def _nodes(
     keep = run.circuit.keep
     found = []
     for place, node in enumerate(shown):
-        raised, lowered = written.get(node, ([], []))
+        outputs = written.get(node, Written())
         found.append(
             NodeFigures(
                 node=node,
@@ -222,21 +223,28 @@ def _nodes(
                 contexts=[
                     Context(peak.example, peak.start - texts.first[peak.example], peak.values) for peak in peaks[place]
                 ],
-                raised=raised,
-                lowered=lowered,
+                raised=outputs.raised,
+                lowered=outputs.lowered,
+                choices=outputs.choices,
             )
         )
     return found
 
 
-Written = dict[int, tuple[list[tuple[str, float]], list[tuple[str, float]]]]
+@dataclass(frozen=True)
+class Written:
+    """What a node adds to outputs: those that it raises and lowers most, and those that a task is decided among."""
+
+    raised: list[tuple[str, float]] = field(default_factory=list)
+    lowered: list[tuple[str, float]] = field(default_factory=list)
+    choices: list[tuple[str, float]] = field(default_factory=list)
 
 
 def _written(
     run: AuditedRun, shown: Sequence[int], peaks: Sequence[Sequence[Peak]], batches: Sequence[Batch]
-) -> Written:
-    """The outputs that each node raises and lowers most, in the first of its contexts."""
-    found: Written = {}
+) -> dict[int, Written]:
+    """What each node adds to outputs in the first of its contexts; nothing for one that reaches them otherwise."""
+    found: dict[int, Written] = {}
     first = 0
     for batch in batches:
         here = [
@@ -248,10 +256,11 @@ def _written(
         if not here:
             continue
         rows = torch.tensor([peak.example - first_of_batch for _, peak in here])
+        chosen = batch.select(rows)
         written = written_to_outputs(
             run.model,
             [node for node, _ in here],
-            batch.select(rows),
+            chosen,
             [peak.position for _, peak in here],
             run.reference.means,
         )
@@ -259,16 +268,32 @@ def _written(
             return {}
         if _has_classes(run):
             written = written - written.mean(-1, keepdim=True)  # a shift of all logits changes no answer
-        for (node, _), row in zip(here, written, strict=True):
+        choices = [[]] * len(here) if chosen.choices is None else chosen.choices.tolist()
+        for (node, _), row, among in zip(here, written, choices, strict=True):
             if bool(row.any()):
-                found[node] = (_outputs(run, row), _outputs(run, -row, -1))
+                own = [(_output_name(run, index), float(row[index])) for index in among if index >= 0]
+                found[node] = Written(_outputs(run, row), _outputs(run, -row, -1), own)
     return found
 
 
 def _outputs(run: AuditedRun, row: torch.Tensor, sign: int = 1) -> list[tuple[str, float]]:
-    """The largest entries above zero, with what they are of."""
-    largest = row.argsort(descending=True, stable=True)[:OUTPUTS_SHOWN]
-    return [(_output_name(run, int(index)), sign * float(row[index])) for index in largest if row[index] > 0]
+    """The largest entries above zero, with what they are of.
+
+    Of several that are the same one stands for all: tokens that training never saw share their unembedding.
+    """
+    alike: dict[str, list[int]] = {}
+    for index in row.argsort(descending=True, stable=True).tolist():
+        value = float(row[index])
+        if value <= 0 or (f"{value:.4g}" not in alike and len(alike) == OUTPUTS_SHOWN):
+            break
+        alike.setdefault(f"{value:.4g}", []).append(index)
+    return [
+        (
+            _output_name(run, indices[0]) + (f" and {len(indices) - 1:,} alike" if len(indices) > 1 else ""),
+            sign * float(row[indices[0]]),
+        )
+        for indices in alike.values()
+    ]
 
 
 def _output_name(run: AuditedRun, index: int) -> str:

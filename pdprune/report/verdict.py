@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 from pdprune.circuits.findings import Audit
 from pdprune.report.figures import Check, Standing, Verdict
 
@@ -26,8 +29,21 @@ def loss_title(loss: str) -> str:
     return LOSS_NAMES.get(loss, loss)
 
 
-def verdict_of(audit: Audit) -> Verdict:
-    """The audit in three sentences: what came out, how hard the adversary tried, whether it was done."""
+REFERENCES = {
+    "zero": "by zero",
+    "mean": "by their mean over the training examples",
+    "position_mean": "by their mean at that position over the training examples",
+    "resample": "by what they are on another example",
+}
+
+
+def verdict_of(audit: Audit, config: Path) -> Verdict:
+    """The audit in words: what came out, what was asked, how hard the adversary tried, whether it was done.
+
+    Args:
+        audit: what was found.
+        config: the run's, for the command that tries harder.
+    """
     found = audit.adversarial
     kept = f"{audit.n_kept:,} of {audit.n_nodes:,} nodes"
     worst = number(found.loss)
@@ -50,7 +66,14 @@ def verdict_of(audit: Audit) -> Verdict:
             f"Not faithful: with {kept} kept, an adversary raises the {loss} to {worst}{unit} on {on}, above the "
             f"target of {number(audit.target_loss)}"
         )
-    return Verdict(standing, f"{came_out}; {compared}.", _budget(audit), _convergence(audit), found.converged)
+    question = (
+        "If these nodes explain the behaviour, it cannot matter what becomes of the others: whichever of them are "
+        f"ablated (replaced {REFERENCES.get(audit.reference, audit.reference)}), the loss should stay low. So an "
+        "adversary looks for the choice that hurts most."
+    )
+    return Verdict(
+        standing, f"{came_out}; {compared}.", question, _budget(audit), _convergence(audit, config), found.converged
+    )
 
 
 def checks_of(audit: Audit) -> list[Check]:
@@ -77,6 +100,17 @@ def checks_of(audit: Audit) -> list[Check]:
     return checks
 
 
+def checks_note(audit: Audit) -> str:
+    """What is easily misread in the table."""
+    if not audit.beats_model:
+        return ""
+    far = "" if audit.kl is None else f", and far from it: KL {number(audit.kl.complete)}"
+    return (
+        f"With all the rest ablated the circuit does the task better than the model{far}. Nodes whose ablation only "
+        "helps can be left out: the circuit shows what suffices for the answer, not all that the model does."
+    )
+
+
 def number(value: float | None) -> str:
     """Three decimals, or more where the value is small."""
     if value is None:
@@ -98,7 +132,7 @@ def _budget(audit: Audit) -> str:
     return f"The adversary made {scope}; it {climbs}." + (f" By budget: {ladder}." if ladder else "") + flipped
 
 
-def _convergence(audit: Audit) -> str:
+def _convergence(audit: Audit, config: Path) -> str:
     match audit.adversarial.converged:
         case True:
             return (
@@ -112,6 +146,7 @@ def _convergence(audit: Audit) -> str:
             )
         case _:
             return (
-                "Whether the attack had converged was not tried: `python -m pdprune.train test` attacks longer and in "
+                "Whether the attack had converged was not tried: "
+                f"`python -m pdprune.train test --config {shlex.quote(str(config))}` attacks longer and in "
                 "another way. Until then this is what one attack found, a lower bound on the worst case."
             )

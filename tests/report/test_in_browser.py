@@ -42,7 +42,8 @@ pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is insta
 
 HOSTILE = "</script><script>window.ran = 1</script><img src='https://example.com/x' onerror='window.ran = 2'>"
 SITES = [f"blocks.{layer}.{site}" for layer in range(2) for site in ("attn.out", "mlp.down")]
-VERDICT = Verdict("faithful", "Faithful under this attack: " + HOSTILE, "It tried `hard`.", "It had converged.", True)
+SENTENCE = "Faithful under this attack: " + HOSTILE
+VERDICT = Verdict("faithful", SENTENCE, HOSTILE, f"It tried `hard`: {HOSTILE}", f"It had `{HOSTILE}` converged.", True)
 CHECKS = [Check("the model itself", 0.04, 0.04, 1.0, 0.0), Check("the rest by the adversary", 0.08, 0.08, 0.99, 0.3)]
 
 
@@ -69,6 +70,7 @@ def figures(n_nodes: int) -> Figures:
             contexts=[Context(number % 3, 0, [0.0, -0.5, 1.0, 0.2, 0.0, 0.1])],
             raised=[(HOSTILE, 1.5), (f"token{number}", 1.0)],
             lowered=[("\n", -0.5)],
+            choices=[("'", 0.25), (HOSTILE, -0.25)],
         )
         for number in range(n_nodes)
     ]
@@ -86,6 +88,7 @@ def figures(n_nodes: int) -> Figures:
         loss="cross-entropy",
         verdict=VERDICT,
         checks=CHECKS,
+        checks_note=HOSTILE,
         curve=curve(n_nodes, 0.08),
         sites=[Site(name, 400, n_nodes // 4, 20) for name in SITES],
         graph=Graph(nodes, edges, "the log-odds", 0.08, [HOSTILE]),

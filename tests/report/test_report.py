@@ -119,7 +119,10 @@ def test_the_adversarys_line_never_rises_and_ends_at_the_model() -> None:
 def test_nodes_have_contexts_removals_and_outputs() -> None:
     run = AuditedRun.load(Path("runs/circuit"))
     figures = gather(run)
+    assert run.tokenizer is not None and run.batches[0].choices is not None
+    choices = run.batches[0].choices[0].tolist()
     for node in figures.graph.nodes:
+        assert sorted(name for name, _ in node.choices) == sorted(run.tokenizer.decode([id]) for id in choices)
         assert node.contexts and node.raised and node.lowered and node.removed is not None
         assert node.gate > 0
         for context in node.contexts:

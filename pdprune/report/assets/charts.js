@@ -26,7 +26,7 @@ pdprune.chart = (
   };
   const shown = [...lines.map((line) => column(line.points)), ...levels.map(({ y }) => xs.map(() => y))];
   const data = [xs, ...shown.map((values) => values.map(placed))];
-  const told = (_, __, index, at) => (at === null || at === undefined ? "–" : pdprune.number(shown[index - 1][at]));
+  const told = (_, __, index, at) => (at === null || at === undefined ? "" : pdprune.number(shown[index - 1][at]));
   const tick = (y) => (y === null ? "" : Math.abs(y) >= 1e4 ? y.toExponential(0) : String(+y.toPrecision(3)));
 
   let plot = null;
@@ -66,7 +66,7 @@ pdprune.chart = (
           },
         ],
         series: [
-          { label: xTitle, value: (_, x) => (x === null || x === undefined ? "–" : pdprune.count(x)) },
+          { label: xTitle, value: (_, x) => (x === null || x === undefined ? "" : pdprune.count(x)) },
           ...lines.map((line) => ({
             label: line.name,
             stroke: colour(line.colour),

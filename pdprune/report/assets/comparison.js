@@ -80,20 +80,17 @@
   const rows = [
     { name: `nodes kept of ${count(first.n_nodes)}`, cell: (run) => count(run.n_kept) },
     { name: "pruned with", cell: (run) => run.scheme },
-    ...first.checks.flatMap((check) => [
-      {
-        name: `${figures.loss}, ${check.name}`,
-        cell: (run) => number(run.checks.find((other) => other.name === check.name)?.loss),
+    ...first.checks.map((check) => ({
+      name: `${figures.loss}, ${check.name}`,
+      cell: (run) => {
+        const own = run.checks.find((other) => other.name === check.name);
+        const right = own?.accuracy ?? null;
+        return [
+          element("span", {}, number(own?.loss)),
+          right === null ? null : element("span", { class: "soft" }, ` ${percent(right)} right`),
+        ];
       },
-      ...(check.accuracy === null
-        ? []
-        : [
-            {
-              name: `answered rightly, ${check.name}`,
-              cell: (run) => percent(run.checks.find((other) => other.name === check.name)?.accuracy ?? null),
-            },
-          ]),
-    ]),
+    })),
     { name: "target", cell: (run) => number(run.curve.target_loss) },
     {
       name: "faithful under this attack",
@@ -109,7 +106,7 @@
     pdprune.table(
       [
         { title: "", cell: (row) => row.name },
-        ...runs.map((run) => ({ title: run.name, number: true, cell: (row) => row.cell(run) })),
+        ...runs.map((run) => ({ title: run.name, number: true, cell: (row) => element("div", {}, row.cell(run)) })),
       ],
       rows,
       { stacked: false },

@@ -158,12 +158,13 @@ pdprune.showDetails = (place, { pinned, onLetGo, onChoose }) => {
           chips(node.raised),
           element("h3", {}, "Lowers"),
           chips(node.lowered),
+          ...(node.choices.length ? [element("h3", {}, "And the answers to choose from"), chips(node.choices)] : []),
         ]),
     element("h3", {}, "Where it is most active"),
     ...(contexts.length > 0
       ? contexts
       : [element("p", { class: "note" }, "nowhere on the held-out examples, measured from its reference")]),
-    ...(graph.edges.length === 0
+    ...(node.effect === null
       ? []
       : [element("h3", {}, "Reads from"), links(into, 0), element("h3", {}, "Writes to"), links(out, 1)]),
   );

@@ -40,6 +40,7 @@
     const tone = { true: "good", false: "warn", null: "" }[String(verdict.converged)];
     fill(
       "belief",
+      element("div", {}, element("p", {}, element("b", {}, "What is asked. "), verdict.question)),
       element("div", {}, element("p", {}, element("b", {}, "How hard it tried. "), pdprune.prose(verdict.budget))),
       element(
         "div",
@@ -51,7 +52,13 @@
 
   const curveSection = () => {
     pdprune.curveChart(document.getElementById("curve"), curve, figures.loss);
-    fill("curve-note", curve.note);
+    fill(
+      "curve-note",
+      element("span", { class: "mark" }, "●"),
+      " the chosen circuit, by the audit. ",
+      curve.random === null ? null : [element("span", { class: "mark" }, "○"), " random circuits of its size. "],
+      curve.note,
+    );
     const has = (key) => checks.some((check) => check[key] !== null);
     const isTask = checks.every((check) => check.task_loss === null || check.task_loss === check.loss);
     fill(
@@ -69,6 +76,7 @@
         checks,
         { stacked: false, rowClass: (check) => (check.name === "the rest by the adversary" ? "strong" : null) },
       ),
+      element("p", { class: "note" }, figures.checks_note),
     );
   };
 
@@ -187,11 +195,20 @@
     );
   };
 
+  // What CircuitPruner logs; a series of another name goes without.
+  const glosses = {
+    loss: "under the scheme it is pruned with",
+    complete: "loss with the rest ablated",
+    stochastic: "loss with the rest at random",
+    kept: "nodes whose gate is open",
+    gate_sum: "all gates together",
+    price: "of sparsity, against the loss",
+  };
   const trainingSection = () => {
     const panels = figures.training.map((series) => {
-      const chart = element("div", { class: "chart" });
+      const chart = element("div");
       return [
-        element("div", {}, chart),
+        element("div", { class: "chart" }, element("h3", {}, series.name, element("small", {}, ` ${glosses[series.name] ?? ""}`)), chart),
         () =>
           pdprune.chart(chart, {
             lines: [
