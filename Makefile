@@ -31,6 +31,7 @@ quickstart: $(STAMP)
 	@$(RUN) -m pdprune.train fit --overwrite --config configs/quickstart.yaml \
 	  --config configs/quickstart-complete.yaml --seed_everything $(SEED)
 	@$(RUN) -m pdprune.compare runs/quickstart-complete runs/quickstart
+	@echo "Look into the circuits: runs/quickstart/report.html, runs/quickstart-complete/report.html"
 
 test: $(STAMP)
 	@$(RUN) -m pytest -n 2 --dist loadfile

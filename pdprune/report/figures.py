@@ -94,7 +94,8 @@ class NodeFigures:
         node: its index in the model.
         site: where it writes; the first of several.
         effect, direct: on the answer, along all paths and along those that meet no other kept node.
-        removed: the worst case if it alone is removed; None where that was not tried.
+        removed: the worst case if it alone is removed, which cannot be lower than with it, since the adversary may
+            leave it alone; None where that was not tried.
         raised, lowered: outputs that it raises and lowers most where it is most active, with how much.
         choices: what it adds there to the outputs that the task is decided among.
     """

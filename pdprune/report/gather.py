@@ -61,7 +61,7 @@ def gather(run: AuditedRun, tell: Tell = lambda doing: None) -> Figures:
     tell("removing nodes one by one")
     worst, removed, removal_note = _removed(run, whole, shown, edges)
     tell("contexts")
-    nodes = _nodes(run, shown, edges, removed, site_of, batches, texts, notes)
+    nodes = _nodes(run, shown, edges, worst, removed, site_of, batches, texts, notes)
     tell("curve")
     replayed = replay(run, spread_examples(whole, CURVE_EXAMPLES))
     curve = curve_of(run, replayed, ranking(run, replayed, removed))
@@ -178,7 +178,7 @@ def _removed(
     few = "" if n_nodes == len(shown) else f", for the {n_nodes:,} nodes of the greatest effect"
     note = (
         f"Removals: the audit's worst source on {batch.size:,} held-out examples, spread likewise, with the node "
-        f"ablated besides{few}; a new attack could find worse."
+        f"ablated besides{few}, or left alone where that hurts more; a new attack could find worse."
     )
     return worst, removed, note
 
@@ -187,6 +187,7 @@ def _nodes(
     run: AuditedRun,
     shown: Sequence[int],
     edges: Edges | None,
+    worst: float | None,
     removed: dict[int, float],
     site_of: Sequence[int],
     batches: Sequence[Batch],
@@ -219,7 +220,7 @@ def _nodes(
                 positions=keep[:, node].nonzero().squeeze(-1).tolist() if keep.ndim == 2 else None,
                 effect=None if edges is None else float(edges.effect[place]),
                 direct=None if edges is None else float(edges.direct[place]),
-                removed=removed.get(node),
+                removed=None if worst is None or node not in removed else max(worst, removed[node]),
                 contexts=[
                     Context(peak.example, peak.start - texts.first[peak.example], peak.values) for peak in peaks[place]
                 ],

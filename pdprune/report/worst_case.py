@@ -76,8 +76,8 @@ def game_of(run: AuditedRun, batch: Batch, index: int = 0, keep: Tensor | None =
 
 
 def without_each(replayed: Replay, nodes: Sequence[int]) -> tuple[float, dict[int, float]]:
-    """The worst source's loss, and what it becomes if one node is ablated besides: a lower bound on the worst case of
-    the circuit without it."""
+    """The worst source's loss, and what it becomes if one node is ablated besides; the greater of them is a lower bound
+    on the worst case of the circuit without it."""
     mask = replayed.mask
     removed = {}
     for node in nodes:

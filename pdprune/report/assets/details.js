@@ -35,8 +35,8 @@ pdprune.showDetails = (place, { pinned, onLetGo, onChoose }) => {
   panel.classList.toggle("pinned", pinned);
   if (place === null) {
     const most = graph.nodes
-      .map((node, at) => [node.removed ?? -1, at])
-      .filter(([removed]) => removed >= 0)
+      .map((node, at) => [node.removed, at])
+      .filter(([removed]) => removed !== null && removed > graph.worst)
       .sort(([a], [b]) => b - a)
       .slice(0, 8);
     panel.replaceChildren(
