@@ -269,7 +269,7 @@ def _written(
             return {}
         if _has_classes(run):
             written = written - written.mean(-1, keepdim=True)  # a shift of all logits changes no answer
-        choices = [[]] * len(here) if chosen.choices is None else chosen.choices.tolist()
+        choices: list[list[int]] = [[]] * len(here) if chosen.choices is None else chosen.choices.tolist()
         for (node, _), row, among in zip(here, written, choices, strict=True):
             if bool(row.any()):
                 own = [(_output_name(run, index), float(row[index])) for index in among if index >= 0]

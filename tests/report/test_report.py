@@ -124,7 +124,7 @@ def test_nodes_have_contexts_removals_and_outputs() -> None:
     for node in figures.graph.nodes:
         assert sorted(name for name, _ in node.choices) == sorted(run.tokenizer.decode([id]) for id in choices)
         assert node.contexts and node.raised and node.lowered and node.removed is not None
-        assert node.gate > 0 and node.removed >= figures.graph.worst
+        assert node.gate > 0 and node.removed >= (figures.graph.worst or 0)
         for context in node.contexts:
             text = figures.texts[context.text]
             assert context.start >= 0 and context.start + len(context.values) <= len(text.tokens)
