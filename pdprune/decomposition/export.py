@@ -103,11 +103,12 @@ def figures(run: Path, against: Sequence[Path], checks: DecompositionChecks, win
             return found
 
         found = add(mode_of(run), learned, important(learned))
-        for other in against:
-            model = load_decomposition(other)
-            add(mode_of(other), model, important(model))
+        others = [(mode_of(other), load_decomposition(other)) for other in against]
+        for what, model in others:
+            add(what, model, important(model))
         counts = {name: max(1, round(site["l0"])) for name, site in found["sites"].items()}
-        add(f"{mode_of(run)}, the strongest", learned, keeping(learned, counts))
+        for what, model in [(mode_of(run), learned), *others]:
+            add(f"{what}, the strongest", model, keeping(model, counts))
         svd = decompose(load_target(config["model"]["init_args"]["target"]).module, learned.site_names, "svd")
         for times in TIMES:
             more = {name: times * count for name, count in counts.items()}
