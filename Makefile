@@ -1,5 +1,7 @@
 # make quickstart   two circuits of one task, audited, in one table   (make quickstart SEED=1 for another seed)
 # make test         the tests
+# make docs         the documentation as a site, in site/
+# make notebooks    the notebooks again, with their outputs
 # make lint, make typecheck, make clean
 # Needs Python 3.11 or newer, git, make and a compiler; everything else goes into .venv, once.
 
@@ -9,7 +11,7 @@ RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 SEED   ?= 0
 
-.PHONY: help setup quickstart test lint typecheck clean
+.PHONY: help setup quickstart test docs notebooks lint typecheck clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -36,6 +38,12 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	@$(RUN) -m pytest -n 2 --dist loadfile
 
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+notebooks: $(STAMP)
+	@$(VENV)/bin/jupyter-execute --inplace --NotebookClient.record_timing=False notebooks/*.ipynb
+
 lint: $(STAMP)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
@@ -44,4 +52,4 @@ typecheck: $(STAMP)
 	@$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -94,7 +94,9 @@ def audit(
         reference: what ablated components are replaced by: a kind, or one that is measured already.
         scope: what one source is shared by (method.md, section 4).
         target_loss: what the circuit should stay within; a `Circuit` brings its own.
-        steps, step_size, restarts: the attack's budget.
+        steps: of each of the attack's climbs.
+        step_size: of one of them, where a source ranges over 1.
+        restarts: climbs, each from another start.
         search: `gradient`; `exact`, all subsets instead, refused above 16 free entries; `auto`, all subsets besides
             `gradient` up to 12 free entries.
         seed: decides all draws.

@@ -86,7 +86,11 @@ def prune(
             is one.
         per_position: a gate for every position: `keep` is then `[T, n]`.
         warm_start: gates start at the mean causal importances that `model` has on the tokens of `batches`.
-        learning, adversary, draws, attack, selection: as in `CircuitPruner`.
+        learning: gate map, sparsity term, and how fast.
+        adversary: how the adversary climbs in training.
+        draws: how stochastic sources are drawn.
+        attack: the adversary's budget in selection.
+        selection: how gates become a circuit.
         seed: decides everything.
 
     Returns:

@@ -1,0 +1,1 @@
+"""Which nodes are needed, and the proof."""
