@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import time
+from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -13,11 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pdprune.errors import NonFiniteLossError
 from pdprune.files import write_atomically
-from pdprune.loggers import MetricsCsv, wandb_logger
+from pdprune.loggers import MetricsCsv, group_names, wandb_logger
+from pdprune.progress import telling
 from pdprune.ranks import save_checkpoint_alone
 from pdprune.run_folder import RunFolder
 from pdprune.signals import StopSignals, requeue_job
@@ -57,22 +55,41 @@ class OpenRunFolder(SaveConfigCallback):
             if self.overwrite and not self._is_resumed:
                 folder.clear()
             folder.mark_unfinished()
-            content = f"# pdprune {version('pdprune')}\n" + yaml.safe_dump(resolved, sort_keys=False)
-            write_atomically(folder.path / "config.yaml", content.encode())
+            _write_config(folder, resolved)
         trainer.strategy.barrier("open_run_folder")
 
         csv_logger = MetricsCsv(folder.path / "metrics.csv")
         csv_logger.drop_rows_after(self._last_logged_step)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(resolved)
         loggers = [*trainer.loggers, csv_logger]
         if resolved["trainer"]["logger"] in (None, True):
             wandb = wandb_logger(folder.path, resolved, is_new_run=not self._is_resumed)
             loggers += [wandb] if wandb is not None else []
+        for logger in loggers:
+            if logger is not csv_logger:
+                group_names(logger)
         trainer.loggers = loggers
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A circuit from elsewhere gets a run folder of its own; otherwise the run that is tested has one."""
+        if getattr(self.config, "circuit", None) is None or not trainer.is_global_zero:
+            return
+        folder = RunFolder(trainer.default_root_dir)
+        if self.overwrite:
+            folder.clear()
+        _write_config(folder, self._resolved_config())
 
     def _resolved_config(self) -> dict[str, Any]:
         """What it takes to run again. How this run came to start here is left out."""
         resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        return {key: value for key, value in resolved.items() if key not in ("config", "overwrite", "ckpt_path")}
+        left_out = ("config", "overwrite", "ckpt_path", "circuit")
+        return {key: value for key, value in resolved.items() if key not in left_out}
+
+
+def _write_config(folder: RunFolder, resolved: dict[str, Any]) -> None:
+    content = f"# pdprune {version('pdprune')}\n" + yaml.safe_dump(resolved, sort_keys=False)
+    write_atomically(folder.path / "config.yaml", content.encode())
 
 
 class RunCheckpoint(Checkpoint):
@@ -165,17 +182,11 @@ class LogEachValueOnce(Callback):
 
 
 class StepProgress(ProgressBar):
-    """Steps done and the values logged with `prog_bar=True`: a bar on a terminal, a line every few seconds elsewhere.
+    """Steps done and the values logged with `prog_bar=True`, and how far loops over other splits have come."""
 
-    Args:
-        seconds: the least time between two lines.
-    """
-
-    def __init__(self, seconds: float = 10.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.seconds = seconds
-        self._told_at = time.monotonic()
-        self._bar: Progress | None = None
+        self._training, self._other = ExitStack(), ExitStack()
         self._is_enabled = True
 
     def disable(self) -> None:
@@ -183,39 +194,43 @@ class StepProgress(ProgressBar):
         self._is_enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._is_enabled or not sys.stdout.isatty() or os.environ.get("CI"):
-            return
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn())
-        self._bar = Progress(*columns, TextColumn("{task.fields[values]}"))
-        self._task = self._bar.add_task("", total=trainer.estimated_stepping_batches, values="")
-        self._bar.start()
+        self._steps = self._training.enter_context(telling("training", quiet=not self._is_enabled))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=trainer.global_step, values=_shown_values(trainer))
-        elif self._is_enabled and time.monotonic() - self._told_at >= self.seconds:
-            self._told_at = time.monotonic()
-            self._tell(trainer)
+        total = trainer.estimated_stepping_batches
+        share = trainer.global_step / total if total < float("inf") else None
+        self._steps(f"step {trainer.global_step}/{total}  {_shown_values(trainer)}", share)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop()
-        if self._is_enabled:
-            self._tell(trainer)
+        self._training.close()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batches = self._other.enter_context(telling("validation", quiet=not self._is_enabled))
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+        self._tell_batch(rest[2], trainer.num_val_batches)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._other.close()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batches = self._other.enter_context(telling("prediction", quiet=not self._is_enabled))
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+        self._tell_batch(rest[2], trainer.num_predict_batches)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._other.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stop()
+        self._other.close()
+        self._training.close()
 
-    def _stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    @staticmethod
-    def _tell(trainer: Trainer) -> None:
-        limit = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-        print(f"step {trainer.global_step}{limit}  {_shown_values(trainer)}", flush=True)
+    def _tell_batch(self, index: int, totals: Any) -> None:
+        total = sum(totals) if isinstance(totals, list) else totals
+        self._batches(f"batch {index + 1} of {total}", (index + 1) / total if total else None)
 
 
 def _shown_values(trainer: Trainer) -> str:

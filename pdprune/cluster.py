@@ -14,6 +14,7 @@ from pathlib import Path
 from pdprune.circuit_config import CircuitConfig
 from pdprune.decomposition import Node, co_important, write_clusters
 from pdprune.errors import UserError
+from pdprune.progress import telling
 
 
 def clusters_of(config: Path, on_above: float, together: float) -> tuple[list[Node], int]:
@@ -47,7 +48,8 @@ def main(args: list[str] | None = None) -> int:
     )
     given = parser.parse_args(args)
     try:
-        clusters, n_nodes = clusters_of(given.config, given.on_above, given.together)
+        with telling("grouping nodes"):
+            clusters, n_nodes = clusters_of(given.config, given.on_above, given.together)
         write_clusters(given.out, clusters)
     except UserError as error:
         print("pdprune: error:", " ".join(str(error).split()), file=sys.stderr)

@@ -19,6 +19,7 @@ PRUNED = {
     "complete": "pruned with complete ablation",
     "stochastic": "pruned with random ablation",
     "adversarial": "pruned adversarially",
+    "imported": "found elsewhere",
 }
 REST = {"complete": "ablated", "stochastic": "at random", "adversarial": "by adversary"}
 

@@ -1,9 +1,14 @@
-"""Where logged values go: `metrics.csv` in the run folder, and Weights & Biases."""
+"""Where logged values go: `metrics.csv` in the run folder, and Weights & Biases.
+
+Experiment trackers sort values by the group that their names begin with: `train/loss`, `select/adversarial`. In
+`metrics.csv` what is logged at every step has its name alone, `loss`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import netrc
 import os
@@ -104,6 +109,25 @@ class MetricsCsv(Logger):
                 file.seek(self._last_row_at)
                 file.truncate()
             file.write(self._line(self._rows[-1]))
+
+
+def group_names(logger: Logger) -> None:
+    """From now on a logger gets every value under a name that begins with its group."""
+    log_metrics = logger.log_metrics
+
+    @functools.wraps(log_metrics)
+    def with_groups(metrics: Mapping[str, float], step: int | None = None) -> None:
+        log_metrics({grouped_name(name): value for name, value in metrics.items()}, step)
+
+    logger.log_metrics = with_groups  # type: ignore[method-assign]  # of this instance: it may be of any class
+
+
+def grouped_name(name: str) -> str:
+    """`loss` is `train/loss`, `val_loss` is `val/loss`; `select/complete` and Lightning's own `epoch` stay."""
+    if "/" in name or name == "epoch":
+        return name
+    group, _, rest = name.partition("_")
+    return f"{group}/{rest}" if group in ("train", "val") and rest else f"train/{name}"
 
 
 def wandb_logger(folder: Path, config: dict[str, Any], is_new_run: bool) -> Logger | None:

@@ -14,6 +14,7 @@ node; lead are the leading dimensions of a site's input.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric
 
-from pdprune.adversary.attack import Ascent, attack
+from pdprune.adversary.attack import Ascent, attack, passes_of
 from pdprune.adversary.game import Game
 from pdprune.adversary.objective import MaskedLoss
 from pdprune.assignment import best_assignment
@@ -32,6 +33,7 @@ from pdprune.batches import as_batch
 from pdprune.decomposition import DecomposedModel
 from pdprune.errors import UserError
 from pdprune.losses import LossFunction
+from pdprune.progress import span
 from pdprune.seeding import generator
 
 MATTERS = 0.1
@@ -291,8 +293,11 @@ class Reconstruction(Metric):
         game = Game([loss], [gates], "batch")
         found: dict[str, float] = {}
         pool: list[Tensor] = []
-        for name, ascent in self.ascents.items():
-            worst = attack(game, ascent, generator(self.seed, "reconstruction-attack", ascent.steps, index), pool=pool)
+        costs = list(itertools.accumulate(map(passes_of, self.ascents.values()), initial=0))
+        for (name, ascent), before, after in zip(self.ascents.items(), costs, costs[1:], strict=True):
+            rng = generator(self.seed, "reconstruction-attack", ascent.steps, index)
+            with span(before / costs[-1], after / costs[-1]):
+                worst = attack(game, ascent, rng, pool=pool)
             found[name] = worst.loss
             pool = [worst.entries]
         return found

@@ -35,6 +35,10 @@ RESULT_FILES = (
     "decomposition_audit.json",
     "predictions.jsonl",
     "report.html",
+    "export/circuit.graphml",
+    "export/circuit.node_link.json",
+    "export/nodes.csv",
+    "export/nodes.parquet",
 )
 
 

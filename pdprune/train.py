@@ -2,7 +2,7 @@
 
     fit        train what the config describes; a circuit is then selected, audited, and shown in report.html
     validate   scores on the select split
-    test       the audit, on the held-out split, and report.html
+    test       the audit, on the held-out split, and report.html; with --circuit FILE of a circuit found elsewhere
     predict    predictions.jsonl: the answers, prompt by prompt
 
 A run writes into `--trainer.default_root_dir`, by default `runs/<name of the last --config>`, not counting those of a
@@ -16,6 +16,8 @@ What a model may define beyond a LightningModule:
         called when training is over, on every rank, also in a run that is resumed after its last step: the first rank
         writes the results. It must be deterministic, so that a kill in the middle of it can be made good by doing it
         again, and no rank may wait for another, since the others leave at once.
+    results(folder: Path) -> pdprune.tracking.Results
+        what experiment trackers show of what `finish` wrote; asked of the first rank
 """
 
 from __future__ import annotations
@@ -43,13 +45,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from omegaconf.errors import OmegaConfBaseException
 
 from pdprune.callbacks import LogEachValueOnce, OpenRunFolder, RunCheckpoint, StepProgress
+from pdprune.circuits.importing import read_circuit
 from pdprune.circuits.pruning import CircuitPruner
 from pdprune.config_errors import Given, explain
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.files import write_atomically
+from pdprune.loggers import MetricsCsv
 from pdprune.progress import telling
 from pdprune.ranks import is_first_process, require_as_many_as_launched
 from pdprune.run_folder import AtomicCheckpointIO, RunFolder, read_checkpoint
+from pdprune.tracking import Results, show_results
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -133,6 +138,13 @@ class PdpruneCLI(LightningCLI):
             default=None,
             help="A checkpoint, or 'last' for the newest whole one in the run folder. fit goes on from it.",
         )
+        if self._args[:1] == ["test"]:
+            parser.add_argument(
+                "--circuit",
+                type=str | None,
+                default=None,
+                help="Audit this circuit instead of a checkpoint's: a circuit.json, a list of nodes, an EAP-IG graph.",
+            )
         parser.set_defaults({"trainer.default_root_dir": default_run_folder(self._args)})
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
@@ -177,7 +189,10 @@ class PdpruneCLI(LightningCLI):
         self.save_config_kwargs["overwrite"] = bool(config.overwrite)
         if self.subcommand == "fit" and not config.overwrite and not config.trainer.fast_dev_run:
             self._refuse_to_lose_results(config.ckpt_path)
-        self._checkpoint = self._find_checkpoint(config.ckpt_path)
+        self._circuit_file = config.get("circuit")
+        if self._circuit_file is not None:
+            self._refuse_to_mix(config)
+        self._checkpoint = None if self._circuit_file is not None else self._find_checkpoint(config.ckpt_path)
 
     def _refuse_to_lose_results(self, ckpt_path: str | None) -> None:
         path = self.folder.path
@@ -190,6 +205,16 @@ class PdpruneCLI(LightningCLI):
             raise UserError(
                 f"run folder {path} holds an unfinished run; go on with --ckpt_path last, or start over with"
                 " --overwrite"
+            )
+
+    def _refuse_to_mix(self, config: Any) -> None:
+        """A circuit from elsewhere is no part of a run that found its own."""
+        if config.ckpt_path is not None:
+            raise UserError("test: got --circuit and --ckpt_path; expected one of them")
+        if self.folder.has_checkpoint and not config.overwrite:
+            raise UserError(
+                f"run folder {self.folder.path} holds a run with a circuit of its own; choose another folder for"
+                f" {self._circuit_file} with --trainer.default_root_dir, or replace the run with --overwrite"
             )
 
     def _find_checkpoint(self, ckpt_path: str | None) -> Path | None:
@@ -226,6 +251,7 @@ class PdpruneCLI(LightningCLI):
         if finish is not None:
             finish(datamodule=self.datamodule, folder=self.folder.path)
         self._write_report(model)
+        self._show_results(model)
         if self.trainer.is_global_zero:
             self.folder.mark_finished()
             print(f"Results are in {self.folder.path}")
@@ -234,8 +260,20 @@ class PdpruneCLI(LightningCLI):
         self._run("validate", model, kwargs)
 
     def test(self, model: LightningModule, **kwargs: Any) -> None:
+        if self._circuit_file is not None:
+            self._take_circuit(model, self._circuit_file)
         self._run("test", model, kwargs)
         self._write_report(model)
+        if self._circuit_file is not None and self.trainer.is_global_zero:
+            print(f"Results are in {self.folder.path}")
+
+    def _take_circuit(self, model: LightningModule, file: str) -> None:
+        if not isinstance(model, CircuitPruner):
+            raise UserError(f"test: --circuit {file}: the config's model is a {type(model).__name__}, not a circuit's")
+        circuit, notes = read_circuit(file, model.model)
+        model.take(circuit)
+        if self.trainer.is_global_zero:
+            print(f"{file} keeps {circuit.n_kept:,} of {circuit.n_nodes:,} nodes.", *notes)
 
     def predict(self, model: LightningModule, **kwargs: Any) -> None:
         """Write the dicts that `predict_step` returns, a list of them for each batch, as JSON lines."""
@@ -260,6 +298,18 @@ class PdpruneCLI(LightningCLI):
         except Exception as error:
             (folder / REPORT_FILE).unlink(missing_ok=True)  # it would show an earlier audit
             print(f"pdprune: no {REPORT_FILE} was written: {' '.join(str(error).split())}", file=sys.stderr)
+
+    def _show_results(self, model: LightningModule) -> None:
+        """Hand what came out to the loggers. It is safe on disk by now: a tracker that fails is told of, no more."""
+        loggers = [logger for logger in self.trainer.loggers if not isinstance(logger, MetricsCsv)]
+        if not loggers or not self.trainer.is_global_zero:
+            return
+        results = getattr(model, "results", None)
+        try:
+            shown = Results({}) if results is None else results(self.folder.path)
+            show_results(loggers, shown, self.folder.path, self.trainer.global_step)
+        except Exception as error:
+            print(f"pdprune: the results were not logged: {' '.join(str(error).split())}", file=sys.stderr)
 
     def _run(self, command: str, model: LightningModule, kwargs: dict[str, Any]) -> Any:
         kwargs["ckpt_path"] = None if self._checkpoint is None else str(self._checkpoint)
@@ -290,23 +340,30 @@ def _tidy_help(command: str, parser: LightningArgumentParser) -> None:
 
 def config_files(args: list[str]) -> list[str]:
     """The values of the `--config` flags, in order."""
+    return _values_of(("--config", "-c"), args)
+
+
+def _values_of(wanted: Sequence[str], args: list[str]) -> list[str]:
+    """The values of some flags, in order."""
     flags = [
         argument.partition("=")[::2] if argument.startswith("--") else (argument, "") for argument in [*args, "--"]
     ]
     return [
         value or following
         for (flag, value), (following, _) in itertools.pairwise(flags)
-        if flag in ("--config", "-c") and (value or following != "--")
+        if flag in wanted and (value or following != "--")
     ]
 
 
 def default_run_folder(args: list[str]) -> str:
     """`runs/` and the name of the last `--config` file: an overlay names the variant that it makes.
 
-    One in a folder `trainer/` makes none: what was begun on one machine goes on on another.
+    One in a folder `trainer/` makes none: what was begun on one machine goes on on another. A circuit from elsewhere
+    adds the name of its file.
     """
     configs = [file for file in config_files(args) if Path(file).absolute().parent.name != "trainer"]
-    return f"runs/{Path(configs[-1]).stem}" if configs else "runs/unnamed"
+    names = [*configs[-1:], *_values_of(("--circuit",), args)[-1:]]
+    return f"runs/{'-'.join(Path(name).stem for name in names)}" if names else "runs/unnamed"
 
 
 def read_configs(args: list[str]) -> list[Any]:
@@ -354,11 +411,18 @@ def _quiet_lightning() -> Iterator[None]:
         yield
 
 
+class _Printing(logging.Handler):
+    """Prints what is logged, so that it goes above a live line as everything else that is printed."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
 def _speak_up() -> None:
-    """Print what pdprune itself logs, for instance how far selection and audit have come."""
+    """Print what pdprune itself logs, for instance that a target loss cannot be reached."""
     logger = logging.getLogger("pdprune")
     if not logger.handlers:
-        logger.addHandler(logging.StreamHandler(sys.stdout))
+        logger.addHandler(_Printing())
     logger.setLevel(logging.INFO)
 
 

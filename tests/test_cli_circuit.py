@@ -12,56 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from forking import in_a_child
 from safetensors.torch import load_file
+from tiny_circuit import PROMPTS, network, write_material
 
 from pdprune.targets.store import save_target
-from pdprune.targets.transformer import Transformer, TransformerConfig
 from pdprune.train import main
-
-STEPS = 20
-PROMPTS = [
-    {"prompt": f"{'abcd'[n % 4]}{n % 7} = {quote}x{n}", "answer": quote, "wrong": other}
-    for n in range(40)
-    for quote, other in (("'", '"'), ('"', "'"))
-]
-CONFIG: dict[str, Any] = {
-    "trainer": {"accelerator": "cpu", "max_steps": STEPS, "check_val_every_n_epoch": 1000},
-    "checkpoint": {"every_n_steps": 4},
-    "model": {
-        "class_path": "pdprune.circuits.pruning.CircuitPruner",
-        "init_args": {
-            "decomposition": {"target": "tiny", "sites": ["*.mlp.down", "*.attn.out"], "basis": "neuron"},
-            "target_loss": 0.05,
-            "seed": "${seed_everything}",
-        },
-    },
-    "data": {
-        "class_path": "pdprune.tasks.TaskData",
-        "init_args": {"task": "quotes.jsonl", "target": "tiny", "batch_size": 16, "seed": "${seed_everything}"},
-    },
-}
-
-
-def network() -> Transformer:
-    """Random weights, large enough for parts of it to matter."""
-    torch.manual_seed(0)
-    made = Transformer(TransformerConfig(max_length=16, n_layers=1, n_heads=2, d_model=8, d_mlp=16))
-    with torch.no_grad():
-        for weight in made.parameters():
-            weight.mul_(8)
-    return made
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a target, a task and a config."""
-    folder = tmp_path_factory.mktemp("material")
-    save_target(network(), folder / "tiny")
-    (folder / "quotes.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
-    (folder / "circuit.yaml").write_text(yaml.safe_dump(CONFIG))
-    return folder
+    return write_material(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture(autouse=True)

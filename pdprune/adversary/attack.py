@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pdprune.adversary.game import Game
 from pdprune.errors import UserError
+from pdprune.progress import moved
 
 EXACT_LIMIT = 16
 """Exact search is refused above this many free entries: 2¹⁶ forward passes."""
@@ -117,10 +118,22 @@ def attack(
         worst = Worst(game, ones, game.loss(ones))
     if not game.has_choices:
         return worst
-    for _ in _moves(worst, ascent, rng, pool):
+    expected = len(pool) + 1 + _evaluations(ascent)
+    for made, _ in enumerate(_moves(worst, ascent, rng, pool)):
+        moved(made / expected)
         if stop_above is not None and worst.loss > stop_above:
             break
     return worst
+
+
+def _evaluations(ascent: Ascent) -> int:
+    """Sources that an attack tries, besides a pool, about: the discrete stage mostly ends early."""
+    return ascent.draws + ascent.restarts * (ascent.steps + 1) + 2 * ascent.flips
+
+
+def passes_of(ascent: Ascent) -> int:
+    """What an attack costs, about, in passes of its data through the model; a climb's step goes back as well."""
+    return _evaluations(ascent) + 2 * ascent.restarts * ascent.steps
 
 
 def exact_attack(game: Game) -> Worst:
@@ -135,7 +148,8 @@ def exact_attack(game: Game) -> Worst:
     ones = game.corner(1.0)
     with torch.no_grad():
         worst = Worst(game, ones, game.loss(ones))
-    for corner in itertools.product((0.0, 1.0), repeat=len(free)):
+    for number, corner in enumerate(itertools.product((0.0, 1.0), repeat=len(free))):
+        moved(number / 2 ** len(free))
         entries = game.grouped(torch.ones_like(ones))
         entries[:, free] = torch.tensor(corner, device=ones.device, dtype=ones.dtype)
         candidate = entries.reshape(ones.shape).masked_fill(~game.free, 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pdprune.adversary.attack import Ascent, Worst, attack
 from pdprune.adversary.game import Game
+from pdprune.progress import moved, part
 
 COORDINATE_LIMIT = 256
 """Coordinate ascent is left out above this many free entries: a pass over them is as many forward passes."""
@@ -28,9 +29,11 @@ def attack_again(game: Game, first: Ascent, rng: torch.Generator) -> Worst:
     """
     steps = 2 * first.steps
     momentum = Ascent(steps, step_size=0.4, restarts=first.restarts, optimizer="momentum")
-    worst = attack(game, momentum, rng)
+    with part(0, 2):
+        worst = attack(game, momentum, rng)
     if n_free(game) <= COORDINATE_LIMIT:
-        climbed = coordinate_ascent(game)
+        with part(1, 2):
+            climbed = coordinate_ascent(game)
         worst.meet(climbed.entries, climbed.losses)
     return worst
 
@@ -49,7 +52,8 @@ def coordinate_ascent(game: Game) -> Worst:
             return worst
         alone = torch.stack([game.loss(_flip(game, ones, entry.expand(game.n_groups))) for entry in entries])
     order = entries[alone.argsort(dim=0, descending=True, stable=True)]
-    for _ in range(COORDINATE_PASSES):
+    for climb in range(COORDINATE_PASSES):
+        moved((climb + 1) / (COORDINATE_PASSES + 1))
         improved = [bool(worst.play(_flip(game, worst.entries, entry)).any()) for entry in order]
         if not any(improved):
             break

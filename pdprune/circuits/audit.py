@@ -6,7 +6,8 @@ carries out. A passed audit means "survived this attack, with this budget": it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pdprune.adversary.attack import Ascent, Worst, attack, exact_attack
+from pdprune.adversary.attack import Ascent, Worst, attack, exact_attack, passes_of
 from pdprune.adversary.game import Game, Scope, per_batch
 from pdprune.adversary.objective import MaskedLoss, Reference, ReferenceKind, masked_losses
 from pdprune.adversary.second_attack import attack_again, n_free
@@ -41,6 +42,7 @@ from pdprune.losses import (
     scored_positions,
     task_loss_and_accuracy,
 )
+from pdprune.progress import part, span
 from pdprune.seeding import generator
 
 __all__ = ["Audit", "as_gates", "audit"]
@@ -131,19 +133,20 @@ def audit(
         reference = Reference.measure(reference, model, measured_on, seed)
     eye = _Eye.on(masked_losses(model, data, loss, reference), loss)
     games = _games(eye.losses, gates, scope, max_ablated)
+    course = _Course(progress, plan.cost(games) + len(games) * (4 + draws + random_circuits * passes_of(FLOOR)))
 
-    progress("model, complete ablation, complement")
-    unablated = eye.read(games, [game.corner(1.0) for game in games])
-    complete = eye.read(games, [torch.zeros_like(game.corner(0.0)) for game in games])
-    complement = eye.read_complement(games)
-    progress(f"{draws} random sources")
-    drawn = _draw(eye, games, draws, seed)
-    attacked = _attack(games, drawn.worst, plan, progress)
-    under_attack = eye.read(games, [worst.entries for worst in attacked.worst])
-    progress("transfer to other batches")
-    transfer = _transfer(games, attacked.worst)
-    progress(f"{random_circuits} random circuits")
-    random = _random_circuits(eye, games, model, random_circuits, seed)
+    with course.check("model, complete ablation, complement", 3 * len(games)):
+        unablated = eye.read(games, [game.corner(1.0) for game in games])
+        complete = eye.read(games, [torch.zeros_like(game.corner(0.0)) for game in games])
+        complement = eye.read_complement(games)
+    with course.check(f"{draws} random sources", draws * len(games)):
+        drawn = _draw(eye, games, draws, seed)
+    attacked = _attack(games, drawn.worst, plan, course)
+    with course.check("transfer to other batches", len(games)):
+        under_attack = eye.read(games, [worst.entries for worst in attacked.worst])
+        transfer = _transfer(games, attacked.worst)
+    with course.check(f"{random_circuits} random circuits", random_circuits * len(games) * passes_of(FLOOR)):
+        random = _random_circuits(eye, games, model, random_circuits, seed)
 
     adversarial_loss = _not_below_its_starts(
         attacked.loss,
@@ -222,6 +225,32 @@ def as_gates(keep: Keep, model: DecomposedModel) -> Float[Tensor, "*lead n"]:
         case _:
             raise UserError(f"keep: got {keep!r}; expected Bool [{n}], a set of node indices, or a Circuit")
     return gates.to(model.delta_sites.device)
+
+
+# -- how far it has come ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Course:
+    """The checks one after another, each as long as the passes of a game's data that it costs, about.
+
+    Attributes:
+        tell: told the name of each check.
+        total: passes of all checks.
+        done: passes of those that are over.
+    """
+
+    tell: Callable[[str], None]
+    total: int
+    done: int = 0
+
+    @contextmanager
+    def check(self, name: str, cost: int) -> Iterator[None]:
+        """While this lasts, the check goes on."""
+        self.tell(name)
+        with span(self.done / self.total, (self.done + cost) / self.total):
+            yield
+        self.done += cost
 
 
 # -- what is looked at -----------------------------------------------------------------------------------------------
@@ -413,6 +442,23 @@ class _Plan:
             raise UserError(f"ladder: got {list(ladder)}; expected numbers of steps, 1 or more")
         return cls(first, search, tuple(ladder), second_attack, seed)
 
+    @property
+    def budgets(self) -> list[int]:
+        """Steps of the attacks by gradient, rising."""
+        return sorted({*self.ladder} if self.search == "exact" else {*self.ladder, self.first.steps})
+
+    @property
+    def second(self) -> Ascent:
+        """What the attack of another kind costs, about."""
+        return replace(self.first, steps=2 * self.first.steps)
+
+    def cost(self, games: Sequence[Game]) -> int:
+        """Passes of all attacks."""
+        attacks = [replace(self.first, steps=steps) for steps in self.budgets]
+        attacks += [self.second] if self.second_attack else []
+        subsets = sum(2 ** n_free(game) for game in games) if _tries_all_subsets(games, self.search) else 0
+        return subsets + len(games) * sum(map(passes_of, attacks))
+
 
 class _Attacked(NamedTuple):
     """What was found in each game; `loss` is over all of them."""
@@ -423,20 +469,21 @@ class _Attacked(NamedTuple):
     converged: bool | None
 
 
-def _attack(games: Sequence[Game], starts: list[Worst], plan: _Plan, progress: Callable[[str], None]) -> _Attacked:
+def _attack(games: Sequence[Game], starts: list[Worst], plan: _Plan, course: _Course) -> _Attacked:
     """All subsets if asked for, the ladder of budgets, and the second attack, from the worst random draws on."""
     worst = starts
     if _tries_all_subsets(games, plan.search):
-        progress("attack by all subsets")
-        worst = [_worse(exact_attack(game), known) for game, known in zip(games, worst, strict=True)]
+        for index, game in enumerate(games):
+            with course.check("attack by all subsets", 2 ** n_free(game)):
+                worst[index] = _worse(exact_attack(game), worst[index])
     base = _loss_of(worst)
     rungs, later = [], False
-    budgets = {*plan.ladder} if plan.search == "exact" else {*plan.ladder, plan.first.steps}
-    for steps in sorted(budgets):
+    for steps in plan.budgets:
+        ascent = replace(plan.first, steps=steps)
         for index, game in enumerate(games):
-            progress(f"attack of {steps} steps, batch {index + 1} of {len(games)}")
             rng = generator(plan.seed, "audit-attack", steps, index)
-            worst[index] = attack(game, replace(plan.first, steps=steps), rng, pool=[worst[index].entries])
+            with course.check(f"attack of {steps} steps, batch {index + 1} of {len(games)}", passes_of(ascent)):
+                worst[index] = attack(game, ascent, rng, pool=[worst[index].entries])
         rungs.append(Rung(steps, _loss_of(worst)))
         if steps <= plan.first.steps and plan.search != "exact":
             base = rungs[-1].loss
@@ -445,9 +492,9 @@ def _attack(games: Sequence[Game], starts: list[Worst], plan: _Plan, progress: C
     if plan.second_attack:
         later = True
         for index, game in enumerate(games):
-            progress(f"second attack, batch {index + 1} of {len(games)}")
             rng = generator(plan.seed, "audit-second-attack", index)
-            worst[index] = _worse(attack_again(game, plan.first, rng), worst[index])
+            with course.check(f"second attack, batch {index + 1} of {len(games)}", passes_of(plan.second)):
+                worst[index] = _worse(attack_again(game, plan.first, rng), worst[index])
     loss = _loss_of(worst)
     converged = loss <= base * (1 + CLIMBS_RELATIVE) + CLIMBS_ABSOLUTE if later else None
     return _Attacked(worst, loss, rungs if plan.ladder else [], converged)
@@ -552,10 +599,10 @@ def _random_circuits(
             for game in games
         ]
         complete += eye.read(others, [torch.zeros_like(game.corner(0.0)) for game in others]).loss / count
-        worst = [
-            attack(game, FLOOR, generator(seed, "audit-random-attack", circuit, index))
-            for index, game in enumerate(others)
-        ]
+        worst = []
+        for index, game in enumerate(others):
+            with part(circuit * len(others) + index, count * len(others)):
+                worst.append(attack(game, FLOOR, generator(seed, "audit-random-attack", circuit, index)))
         adversarial += _loss_of(worst) / count
     return RandomCircuits(count, _n_kept(gates), complete, adversarial)
 

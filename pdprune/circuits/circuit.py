@@ -64,7 +64,8 @@ class Circuit:
         target: which network.
         decomposition: which components and nodes.
         loss: the name of the loss.
-        scheme: what it was pruned with: `complete`, `stochastic`, `adversarial`.
+        scheme: what it was pruned with: `complete`, `stochastic`, `adversarial`; or `imported`, if it was found
+            elsewhere.
         reference: what ablated components were replaced by.
         scope: what one source of the adversary was shared by.
         target_loss, target_nodes: what was asked for; None where it was not.

@@ -19,6 +19,7 @@ from pdprune.adversary.objective import MaskedLoss
 from pdprune.circuits.schemes import Draws, SchemeName
 from pdprune.circuits.selection import MARGIN, Selected, say_unreachable
 from pdprune.errors import NonFiniteLossError, UserError
+from pdprune.progress import moved, part
 
 AUTO_LIMIT = 12
 """`search="auto"` is exact up to this many nodes."""
@@ -98,7 +99,10 @@ def _circuit_losses(
 ) -> Float[Tensor, " circuits"]:
     """The loss of every circuit under a scheme; bit i of a circuit's number says whether node i is kept."""
     total = sum(loss.size for loss in losses)
-    by_batch = [_mask_losses(loss, scheme, per_example=scope == "example") for loss in losses]
+    by_batch = []
+    for index, loss in enumerate(losses):
+        with part(index, len(losses)):
+            by_batch.append(_mask_losses(loss, scheme, per_example=scope == "example"))
     weights = [loss.size / total for loss in losses]
     if scope == "universal":
         by_batch = [torch.stack([w * table for w, table in zip(weights, by_batch, strict=True)]).sum(0)]
@@ -120,12 +124,15 @@ def _mask_losses(loss: MaskedLoss, scheme: SchemeName, *, per_example: bool) -> 
     sites = model.delta_sites.nonzero().squeeze(-1).tolist() if scheme != "complete" else []
     rows = []
     with torch.no_grad():
-        for deltas in itertools.product((0.0, 1.0), repeat=len(sites)):
+        for pattern, deltas in enumerate(itertools.product((0.0, 1.0), repeat=len(sites))):
             delta_mask = torch.ones(model.n_sites, device=device)
             delta_mask[model.delta_sites] = 0.0
             delta_mask[sites] = torch.tensor(deltas, device=device)
-            masks = (_mask(number, model.n_nodes, device) for number in range(2**model.n_nodes))
-            values = torch.stack([loss.per_example(mask, delta_mask) for mask in masks]).double().cpu()
+            by_mask = []
+            for number in range(2**model.n_nodes):
+                moved((pattern + number / 2**model.n_nodes) / 2 ** len(sites))
+                by_mask.append(loss.per_example(_mask(number, model.n_nodes, device), delta_mask))
+            values = torch.stack(by_mask).double().cpu()
             if not bool(torch.isfinite(values).all()):
                 raise NonFiniteLossError("loss: it is NaN or infinite with nodes ablated; expected finite numbers")
             rows.append(values if per_example else values.mean(-1, keepdim=True))

@@ -27,6 +27,7 @@ from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.exhaustive import can_be_exhaustive, select_exhaustively
 from pdprune.circuits.gates import GateMap, HardConcrete, Heaviside, LeakyHardSigmoid, Sparsity
 from pdprune.circuits.predictions import prediction_records
+from pdprune.circuits.results import circuit_results, summary_of
 from pdprune.circuits.schemes import Draws, SchemeName, Scorer, scorer
 from pdprune.circuits.selection import (
     Report,
@@ -47,6 +48,7 @@ from pdprune.progress import telling
 from pdprune.ranks import Ranks, leave_out_of_ddp, require_whole_model, save_checkpoint_alone
 from pdprune.run_folder import RunFolder
 from pdprune.seeding import generator
+from pdprune.tracking import Results
 
 log = logging.getLogger(__name__)
 
@@ -241,6 +243,7 @@ class CircuitPruner(LightningModule):
         self.gate_map = GATE_MAPS[learning.gate_map]
         self.model = decomposition if isinstance(decomposition, DecomposedModel) else decomposition.load()
         self.selected: Selected | None = None
+        self._found_elsewhere: Circuit | None = None
         self._scored_all = False
         self._reference: Reference | None = None
         self._loss_scale = LossScale()
@@ -467,23 +470,32 @@ class CircuitPruner(LightningModule):
             seed=self.seed,
         )
 
+    def take(self, circuit: Circuit) -> None:
+        """Go on with a circuit that was found elsewhere, in place of one that is selected here.
+
+        Raises:
+            UserError: it is a circuit of another model.
+        """
+        circuit.check_fits(self.model)
+        self._found_elsewhere = circuit
+        self.selected = Selected(circuit.keep, math.nan, None)
+
     def circuit(self, **how: Any) -> Circuit:
         """The selected circuit, with what it takes to make it again; `how` adds attributes of `Circuit`."""
         assert self.selected is not None, "select first"
-        return Circuit.of(
-            self.model,
-            self.selected.keep,
-            None if self._scored_all else self.gates(),
-            loss=loss_name(self.loss),
-            scheme=self.scheme,
-            reference=self.reference_kind,
-            scope=self.scope,
-            target_loss=self.goal.target_loss,
-            target_nodes=self.goal.target_nodes,
-            reached=self.selected.reached,
-            seed=self.seed,
-            **how,
-        )
+        how |= {
+            "loss": loss_name(self.loss),
+            "reference": self.reference_kind,
+            "scope": self.scope,
+            "target_loss": self.goal.target_loss,
+            "target_nodes": self.goal.target_nodes,
+            "reached": self.selected.reached,
+            "seed": self.seed,
+        }
+        if self._found_elsewhere is not None:
+            return replace(self._found_elsewhere, **how)
+        gates = None if self._scored_all else self.gates()
+        return Circuit.of(self.model, self.selected.keep, gates, scheme=self.scheme, **how)
 
     # -- what the command line asks for ----------------------------------------------------------------------------
 
@@ -498,12 +510,13 @@ class CircuitPruner(LightningModule):
         self.to(self.trainer.strategy.root_device)  # which Lightning has just moved it away from
         with computing_in(self.audit.compute, self.device):
             if self.selected is None:
-                with telling("selection") as tell:
-                    self.select(
-                        datamodule, lambda doing, scored, kept: tell(f"{doing}, {scored} circuits scored, {kept} kept")
-                    )
+                self._select_aloud(datamodule)
                 save_checkpoint_alone(self.trainer, RunFolder(folder).last)
             self._write_audited(datamodule, folder, self.audit.ladder, second=self.audit.second)
+
+    def _select_aloud(self, data: CircuitData) -> None:
+        with telling("selection") as tell:
+            self.select(data, lambda doing, scored, kept: tell(f"{doing}, {scored} circuits scored, {kept} kept"))
 
     def _write_audited(self, data: AuditedData, folder: Path, ladder: Sequence[int], *, second: bool) -> Audit:
         """Audit on the held-out split and write both files, `audit.json` last: where it is, all is."""
@@ -563,18 +576,15 @@ class CircuitPruner(LightningModule):
         data = cast(Any, self.trainer).datamodule
         with computing_in(self.audit.compute, self.device):
             if self.selected is None:
-                self.select(data)
+                self._select_aloud(data)
             folder = Path(self.trainer.default_root_dir)
             found = self._write_audited(data, folder, self.audit.test_ladder, second=True)
-        self.log_dict(
-            {
-                "test/complete": found.complete_loss,
-                "test/stochastic": found.stochastic.mean,
-                "test/adversarial": found.adversarial.loss,
-                "test/kept": float(found.n_kept),
-            },
-            rank_zero_only=True,
-        )
+        summary = {f"test/{name}": float(value) for name, value in summary_of(found).items() if value is not None}
+        self.log_dict(summary, rank_zero_only=True)
+
+    def results(self, folder: Path) -> Results:
+        """What experiment trackers show of a run folder that holds the circuit and its audit."""
+        return circuit_results(folder, self.scheme)
 
     def predict_step(self, raw: Any, index: int) -> list[dict[str, Any]]:
         """What the target and the circuit alone answer, prompt by prompt; the first rank answers them all."""
@@ -587,7 +597,7 @@ class CircuitPruner(LightningModule):
         deltas = torch.zeros(self.model.n_sites, device=self.theta.device)
         with computing_in(self.audit.compute, self.device):
             if self.selected is None:
-                self.select(data)
+                self._select_aloud(data)
             loss = MaskedLoss(self.model, batch, self.loss, self._reference.on(self.model, batch, index))
             with torch.no_grad():
                 circuit_output = loss.output(self._keep(), deltas)

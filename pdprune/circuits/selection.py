@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pdprune.circuits.schemes import SchemeName, Scorer, SmoothScorer
+from pdprune.progress import part, span
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def select_for_loss(
         say_unreachable(target_loss, floor)
         return Selected(everything.bool(), floor, False)
     threshold = MARGIN * target_loss if floor <= MARGIN * target_loss else target_loss
-    counter = _Counter(scorer, threshold, report)
+    counter = _Counter(scorer, threshold, report, expected=_most_scores(ranking.numel(), scheme, selection))
     if scheme == "adversarial":
         keep = _bisect(ranking, counter)
         keep = _drop(keep, ranking, counter, selection.budget(int(keep.sum())))
@@ -121,7 +122,8 @@ def select_for_loss(
         if grown is not None:
             keep = _drop_singles_and_pairs(grown, ranking, counter, selection.budget(int(grown.sum())))
     attempts = CONFIRMATIONS if scheme == "adversarial" else 1
-    keep, loss = _confirm(keep, ranking, scorer, threshold, attempts)
+    with span(1.0, 1.0):
+        keep, loss = _confirm(keep, ranking, scorer, threshold, attempts)
     return Selected(keep.bool(), loss, loss <= target_loss)
 
 
@@ -155,19 +157,28 @@ def select_open_gates(gates: Float[Tensor, "*lead n"], scorer: Scorer) -> Select
     return Selected(keep.bool(), scorer.score(keep), None)
 
 
+def _most_scores(n: int, scheme: SchemeName, selection: Selection) -> int:
+    """Circuits that are scored at most, about, for a loss: what progress is measured by."""
+    if scheme == "adversarial":
+        return n.bit_length() + selection.budget(n)
+    return min(n, SCANNED_SIZES) + selection.budget(n) + min(n, GROWN_AT_MOST) * GROWN_FROM + selection.swap_scores
+
+
 @dataclass
 class _Counter:
-    """Asks whether a circuit is good enough, counting."""
+    """Asks whether a circuit is good enough, counting, of about so many as are expected."""
 
     scorer: Scorer
     threshold: float
     report: Report
+    expected: int
     scored: int = 0
 
     def good(self, keep: Float[Tensor, "*lead n"], doing: str) -> bool:
         self.scored += 1
         self.report(doing, self.scored, int(keep.sum()))
-        return self.scorer.score(keep, stop_above=self.threshold) <= self.threshold
+        with part(self.scored - 1, max(self.scored, self.expected)):
+            return self.scorer.score(keep, stop_above=self.threshold) <= self.threshold
 
 
 def _bisect(ranking: Float[Tensor, "*lead n"], counter: _Counter) -> Float[Tensor, "*lead n"]:
@@ -304,7 +315,9 @@ class _Swaps:
             candidate.view(-1)[[out, into]] = candidate.view(-1)[[into, out]]
             self.scored += 1
             self.report("swapping", self.scored, int(keep.sum()))
-            if (value := self.scorer.score(candidate, stop_above=wanted)) < wanted:
+            with part(self.scored - 1, self.budget):
+                value = self.scorer.score(candidate, stop_above=wanted)
+            if value < wanted:
                 return candidate, value
         return None
 

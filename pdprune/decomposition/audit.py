@@ -44,7 +44,7 @@ from pdprune.metrics import (
     Reconstruction,
 )
 from pdprune.precision import Compute, require_compute
-from pdprune.progress import Tell
+from pdprune.progress import Tell, part
 from pdprune.targets.toy_data import single_features
 from pdprune.targets.toys import TMS, ResidualMLP
 
@@ -117,7 +117,8 @@ def audit_decomposition(
         by_site = {name: kept[..., site.node_index] for name, site in model.sites.items()}
         for metric in (l0, alive):
             metric.to(kept.device).update(by_site, batch.attention_mask)
-        reconstruction.to(kept.device).update(model, batch, kept)
+        with part(index, len(batches)):
+            reconstruction.to(kept.device).update(model, batch, kept)
         ablated += _ablated(model, batch, loss) * batch.size
         n_examples += batch.size
     by_site_l0 = {name: float(value) for name, value in l0.compute().items()}

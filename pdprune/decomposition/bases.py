@@ -53,7 +53,7 @@ def decompose(
             return DecomposedModel.from_components(target, _columns(modules))
         case "head":
             columns = _columns(modules)
-            n_heads = n_heads if n_heads is not None else _configured_heads(target)
+            n_heads = n_heads if n_heads is not None else configured_heads(target)
             nodes, labels = [], []
             for name, (_, U) in columns.items():
                 _require_output_of_heads(name, target)
@@ -111,13 +111,20 @@ def _columns(modules: dict[str, nn.Module]) -> dict[str, tuple[None, Tensor]]:
     return {name: (None, weight_of(module, require_kind(name, module)).t()) for name, module in modules.items()}
 
 
-def _configured_heads(target: nn.Module) -> int:
+def configured_heads(target: nn.Module) -> int:
+    """The number of attention heads of a layer, as the target's config says.
+
+    Raises:
+        UserError: it does not.
+    """
     config = getattr(target, "config", None)
     for key in ("n_heads", "num_attention_heads", "n_head"):
         n_heads = config.get(key) if isinstance(config, dict) else getattr(config, key, None)
         if isinstance(n_heads, int):
             return n_heads
-    raise UserError("basis 'head' needs n_heads: the target has no config with n_heads, num_attention_heads or n_head")
+    raise UserError(
+        "dividing into heads needs n_heads: the target has no config with n_heads, num_attention_heads or n_head"
+    )
 
 
 def _require_output_of_heads(name: str, target: nn.Module) -> None:

@@ -21,11 +21,14 @@ from pdprune.decomposition.importances import CausalImportances, activations, im
 from pdprune.decomposition.model import DecomposedModel
 from pdprune.errors import UserError
 from pdprune.files import read_bytes, write_atomically
+from pdprune.progress import moved, span
 
 Components = Sequence[tuple[str, int]]
 
 MOST_NODES = 10_000
 """More than this many at once are not compared: the table of similarities would fill the memory."""
+READING = 0.9
+"""Share of the work that is spent on reading the data, about."""
 
 
 def regroup(
@@ -102,12 +105,15 @@ def co_important(
     for name, value in (("on_above", on_above), ("together", together)):
         if not 0 <= value <= 1:
             raise UserError(f"clusters: {name} is {value}; expected a number from 0 to 1")
-    both = _both_on(model, as_batches(batches), on_above)
+    with span(0, READING):
+        both = _both_on(model, as_batches(batches), on_above)
     alive = both.diagonal().nonzero().squeeze(-1)
     both = both[alive][:, alive]
     count = both.diagonal()
     jaccard = both / (count[:, None] + count[None, :] - both)
-    groups = [[model.nodes[int(alive[i])] for i in group] for group in join_similar(jaccard, together)]
+    with span(READING, 1):
+        joined = join_similar(jaccard, together)
+    groups = [[model.nodes[int(alive[i])] for i in group] for group in joined]
     return [_joined(group) for group in groups if len(group) > 1]
 
 
@@ -123,6 +129,7 @@ def join_similar(similarity: Float[Tensor, "m m"], least: float) -> list[list[in
     growing = dict.fromkeys(members)
     chain: list[int] = []
     while growing:
+        moved(1 - len(growing) / len(table))
         tip = chain[-1] if chain else next(iter(growing))
         chain = chain or [tip]
         nearest = int(table[tip].argmax())
@@ -172,15 +179,18 @@ def _on(model: DecomposedModel, batches: Sequence[Batch], on_above: float) -> It
     """Which nodes are on at each token that is no padding, batch by batch."""
     here = [to_device(batch, model.delta_sites.device) for batch in batches]
     if model.importances is not None:
-        for batch in here:
+        for index, batch in enumerate(here):
+            moved(index / len(here))
             yield _real(importance_mask(model, batch.inputs) > on_above, batch)
         return
     largest: dict[str, Tensor] = {}
-    for batch in here:
+    for index, batch in enumerate(here):
+        moved(index / len(here) / 2)
         for name, size in _activation_sizes(model, batch).items():
             most = _real(size, batch).amax(0)
             largest[name] = torch.maximum(largest[name], most) if name in largest else most
-    for batch in here:
+    for index, batch in enumerate(here):
+        moved(0.5 + index / len(here) / 2)
         sizes = _activation_sizes(model, batch)
         shares = {name: size / largest[name].clamp(min=torch.finfo(size.dtype).tiny) for name, size in sizes.items()}
         yield _real(node_importances(shares, model) > on_above, batch)

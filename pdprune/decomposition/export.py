@@ -31,7 +31,7 @@ from pdprune.decomposition.saved import JSON_FILE, TENSOR_FILE
 from pdprune.decomposition.strongest import strongest
 from pdprune.errors import UserError
 from pdprune.files import read_bytes, write_atomically
-from pdprune.progress import telling
+from pdprune.progress import part, telling
 from pdprune.targets import StdlibCorpus, load_target
 from pdprune.targets.export import without_place
 from pdprune.targets.store import SHIPPED
@@ -93,12 +93,14 @@ def figures(run: Path, against: Sequence[Path], checks: DecompositionChecks, win
     batches = held_out(data, checks.batches)
     learned = load_decomposition(run)
     rows: list[dict[str, Any]] = []
+    n_rows = 2 + len(against) + len(TIMES)
     with telling("card") as tell:
 
         def add(what: str, model: DecomposedModel, gates: Gates) -> dict[str, Any]:
-            found = audit_decomposition(
-                model, gates, batches, "kl", checks, seed, lambda doing: tell(f"{what}, {doing}")
-            )
+            with part(len(rows), n_rows):
+                found = audit_decomposition(
+                    model, gates, batches, "kl", checks, seed, lambda doing: tell(f"{what}, {doing}")
+                )
             rows.append({"what": what, **found})
             return found
 

@@ -46,7 +46,7 @@ from pdprune.decomposition.reconstruction import at_all_sites, in_subsets, site_
 from pdprune.decomposition.saved import read_decomposition, save_decomposition
 from pdprune.decomposition.trainable import faithfulness, settled, trainable
 from pdprune.errors import NonFiniteLossError, UserError
-from pdprune.files import write_atomically
+from pdprune.files import read_json, write_atomically
 from pdprune.losses import LossFunction, loss_function, loss_name
 from pdprune.metrics import MATTERS
 from pdprune.precision import LossScale, computing_in, require_float32_parameters
@@ -54,6 +54,7 @@ from pdprune.progress import telling
 from pdprune.ranks import ALONE, Ranks, leave_out_of_ddp, require_whole_model
 from pdprune.seeding import generator
 from pdprune.targets import load_target
+from pdprune.tracking import Results
 
 DECOMPOSITION_FOLDER = "decomposition"
 """In a run folder."""
@@ -424,10 +425,12 @@ class ComponentLearner(LightningModule):
         trainer = cast(Any, self.trainer)
         if trainer.is_global_zero:
             found = self._write_audited(trainer.datamodule, Path(trainer.default_root_dir))
-            values = {name: found["reconstruction"][name] for name in ("complete", "stochastic", "adversarial")}
-            self.log_dict(
-                {f"test/{name}": value for name, value in (values | {"l0": found["l0"]}).items()}, rank_zero_only=True
-            )
+            summary = {f"test/{name}": value for name, value in _summary(found).items()}
+            self.log_dict(summary, rank_zero_only=True)
+
+    def results(self, folder: Path) -> Results:
+        """What experiment trackers show of a run folder that holds the audit."""
+        return Results(_summary(read_json(folder / AUDIT_FILE, SCHEMA)))
 
     def gates(self, model: DecomposedModel, batch: Batch, index: int) -> Float[Tensor, "*lead n"]:
         """What matters on a batch, for a decomposition like the one that is learned here."""
@@ -470,6 +473,12 @@ class ComponentLearner(LightningModule):
         }
 
 
+def _summary(audit: Mapping[str, Any]) -> dict[str, float]:
+    """An audit in a few values."""
+    losses = {name: audit["reconstruction"][name] for name in ("complete", "stochastic", "adversarial")}
+    return losses | {"gap": losses["adversarial"] - losses["complete"], "l0": audit["l0"], "alive": audit["alive"]}
+
+
 def numbers_of_components(target: nn.Module, sites: Mapping[str, int]) -> dict[str, int]:
     """How many components each site gets, in the target's order; of several patterns that match the last one counts.
 
@@ -489,7 +498,7 @@ def warm_up(model: DecomposedModel, settings: WarmUp, ranks: Ranks = ALONE) -> N
             loss = faithfulness(model)
             loss.backward()
             optimizer.step()
-            tell(f"step {step + 1} of {settings.steps}, {float(loss.detach()):.3g}")
+            tell(f"step {step + 1} of {settings.steps}, {float(loss.detach()):.3g}", (step + 1) / settings.steps)
     optimizer.zero_grad()
     for parameter in model.site_list.parameters():
         parameter.data = ranks.of_first(parameter.data)

@@ -24,7 +24,7 @@ from decomposition.spd_runs import factors_of, layout_a, mlp_parameters, module_
 from documentation.pages import ROOT, Block, Command, commands_in
 from targets.tiny_models import save_byte_level, save_model
 
-from pdprune import cluster, compare
+from pdprune import cluster, compare, export
 from pdprune.circuits.prune import prune
 from pdprune.circuits.selection import Selection
 from pdprune.targets.toys import TMS, TMSConfig
@@ -112,6 +112,9 @@ class Session:
             case "python -m pdprune.report":
                 self.have_runs(arguments)
                 self.parse("pdprune.report.__main__", arguments)
+            case "python -m pdprune.export":
+                self.have_runs(arguments[:1])
+                assert export.main(arguments) == 0
             case "python -m pdprune.cluster":
                 assert cluster.main(arguments) == 0
             case "python docs/picture.py":

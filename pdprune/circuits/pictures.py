@@ -1,0 +1,90 @@
+"""A circuit and its losses as pictures, for experiment trackers. Needs matplotlib (extra `report`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import UInt8
+
+from pdprune.circuits.findings import Audit
+from pdprune.circuits.node_table import NodeRow
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Picture = UInt8[np.ndarray, "H W 4"]
+SCHEMES = {"complete": "rest ablated", "stochastic": "rest at random", "adversarial": "rest by the adversary"}
+COLOURS = {"complete": "#d08770", "stochastic": "#8a8f98", "adversarial": "#3b6ea5"}
+ROLE_COLOURS = {"attention": "#d08770", "mlp": "#3b6ea5", "embedding": "#6a994e", "unembedding": "#6a994e"}
+OTHER_COLOUR = "#8a8f98"
+SCALE_OF_ZERO = 1e-3
+"""Losses below this share of the largest are drawn on a linear scale, so that 0 has a place."""
+
+Line = Sequence[tuple[float, float]]
+"""Pairs of a size, in nodes, and a loss."""
+
+
+def curve_picture(lines: Mapping[str, Line], audit: Audit) -> Picture:
+    """Loss by number of nodes kept: dots for circuits on the way, discs for what the audit found for the chosen one.
+
+    Args:
+        lines: the dots, by scheme.
+        audit: of the chosen circuit.
+    """
+    figure = _figure(6.4, 3.6)
+    axes = figure.add_subplot()
+    found = {
+        "complete": audit.complete_loss,
+        "stochastic": audit.stochastic.mean,
+        "adversarial": audit.adversarial.loss,
+    }
+    for scheme, words in SCHEMES.items():
+        sizes, losses = zip(*line, strict=True) if (line := lines.get(scheme)) else ((), ())
+        axes.plot(sizes, losses, ".", color=COLOURS[scheme], markersize=3, alpha=0.5)
+        axes.plot([audit.n_kept], [found[scheme]], "o", color=COLOURS[scheme], label=f"{words}: {found[scheme]:.3g}")
+    if audit.target_loss is not None:
+        label = f"asked for: {audit.target_loss:.3g}"
+        axes.axhline(audit.target_loss, color="black", linestyle=":", linewidth=1, label=label)
+    largest = max([*found.values(), *(loss for line in lines.values() for _, loss in line)])
+    axes.set_yscale("symlog", linthresh=max(largest, 1e-9) * SCALE_OF_ZERO)
+    axes.set_ylim(0, 2 * max(largest, 1e-9))
+    axes.set_xlabel(f"nodes kept, of {audit.n_nodes:,}")
+    axes.set_ylabel(f"loss ({audit.loss})")
+    axes.legend(frameon=False, fontsize=8, title=f"audit of the chosen {audit.n_kept:,}", title_fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _pixels(figure)
+
+
+def circuit_picture(rows: Sequence[NodeRow], n_nodes: int) -> Picture:
+    """The kept nodes, a line a site, each at the place of its first component; more open gates are darker."""
+    sites = list(dict.fromkeys(row.site for row in rows))
+    figure = _figure(6.4, 1.0 + 0.28 * max(1, len(sites)))
+    axes = figure.add_subplot()
+    for row in rows:
+        colour = ROLE_COLOURS.get(row.role, OTHER_COLOUR)
+        first = int(row.component.replace("-", ",").replace(" ", ",").split(",")[0])
+        opacity = 0.25 + 0.75 * min(1.0, max(0.0, row.gate))
+        axes.plot(first, sites.index(row.site), "|", color=colour, alpha=opacity, markersize=12, markeredgewidth=1.5)
+    counts = {site: sum(row.site == site for row in rows) for site in sites}
+    axes.set_yticks(range(len(sites)), [f"{site}  {counts[site]}" for site in sites], fontsize=8)
+    axes.set_ylim(len(sites) - 0.5 if sites else 0.5, -0.5)
+    axes.set_xlabel("component")
+    axes.set_title(f"{len(rows):,} of {n_nodes:,} nodes kept", fontsize=9, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _pixels(figure)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def _pixels(figure: Figure) -> Picture:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())

@@ -1,0 +1,64 @@
+"""What the run of a circuit shows in an experiment tracker."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from pdprune.circuits.circuit import Circuit
+from pdprune.circuits.findings import Audit
+from pdprune.circuits.node_table import COLUMNS, rows_of
+from pdprune.circuits.pictures import Line, Picture, circuit_picture, curve_picture
+from pdprune.tracking import Results, Table
+
+
+def circuit_results(folder: Path, scheme: str) -> Results:
+    """The summary, the kept nodes as a table, and two pictures, from the files of a run folder.
+
+    Args:
+        folder: with a circuit and its audit.
+        scheme: what the circuit was pruned with, whose loss was logged while it was learned.
+
+    Raises:
+        UserError: the folder lacks one of them.
+    """
+    circuit, audit = Circuit.load(folder), Audit.load(folder)
+    rows = rows_of(circuit)
+
+    def draw() -> dict[str, Picture]:
+        return {
+            "circuit/curve": curve_picture(lines_while_learning(folder / "metrics.csv", scheme), audit),
+            "circuit/nodes": circuit_picture(rows, circuit.n_nodes),
+        }
+
+    kept = Table(COLUMNS, [list(row.as_dict().values()) for row in rows])
+    return Results(summary_of(audit), {"circuit/kept_nodes": kept}, draw)
+
+
+def summary_of(audit: Audit) -> dict[str, float | bool | None]:
+    """An audit in six values: how many nodes, the loss under each scheme, `gap` and `faithful`.
+
+    The gap is how much more the adversary costs than ablating all the rest, which is what the usual check looks at.
+    """
+    return {
+        "kept": audit.n_kept,
+        "complete": audit.complete_loss,
+        "stochastic": audit.stochastic.mean,
+        "adversarial": audit.adversarial.loss,
+        "gap": audit.adversarial.loss - audit.complete_loss,
+        "faithful": audit.faithful,
+    }
+
+
+def lines_while_learning(path: Path, scheme: str) -> Mapping[str, Line]:
+    """The losses that were logged as the gates closed, by nodes then open; empty without a `metrics.csv`."""
+    if not path.is_file():
+        return {}
+    columns = {"complete": "complete", "stochastic": "stochastic", scheme: "loss"}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        name: [(float(row["kept"]), float(row[column])) for row in rows if row.get(column)]
+        for name, column in columns.items()
+    }
