@@ -46,7 +46,7 @@ class Command:
     @property
     def is_synopsis(self) -> bool:
         """Whether it shows how a command is called rather than a call: with dots or capitals to fill in."""
-        return bool({"...", "RUN"} & set(self.words)) or "[--key" in self.words
+        return bool({"...", "RUN", "FILE", "FOLDER"} & set(self.words)) or "[--key" in self.words
 
 
 def blocks_of(page: Path) -> list[Block]:

@@ -57,6 +57,7 @@ class Session:
         for name in ("benchmarks", "docs", "pyproject.toml", "Makefile"):
             (folder / name).symlink_to(ROOT / name)
         write_prompts(folder / "my.jsonl")
+        (folder / "ablated.json").write_text('{"nodes": {"a1.h0": true, "m0": true}}')
         write_spd_run(folder / "spd-run")
         save_model(folder / "folder", "llama")
         save_byte_level(folder / "folder")
@@ -178,7 +179,7 @@ class Session:
 def _needs_other_machines(arguments: list[str]) -> bool:
     """Whether a flag or a config asks for a GPU, or for several devices."""
     files = [Path(file) for flag, file in itertools.pairwise(arguments) if flag == "--config"]
-    asked = [yaml.safe_load(file.read_text()).get("trainer", {}) for file in files]
+    asked = [yaml.safe_load(file.read_text()).get("trainer", {}) for file in files if file.is_file()]
     return bool(NEEDS_OTHER_MACHINES & set(arguments)) or any(
         trainer.get("accelerator") == "gpu" or trainer.get("devices") == "auto" for trainer in asked
     )
