@@ -13,16 +13,11 @@ so that a stopped run goes on where it was.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import time
-import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from lightning import Trainer
 
 from pdprune import CircuitPruner, Decomposition
 from pdprune.adversary.objective import Reference, masked_losses
@@ -31,12 +26,15 @@ from pdprune.batches import as_batch
 from pdprune.circuits.gates import Sparsity
 from pdprune.circuits.pruning import Learning
 from pdprune.circuits.selection import Selection, select_for_loss
-from pdprune.files import write_atomically
+from pdprune.claims.experiment import Result, run_cells, saved_cells
+from pdprune.claims.intervals import markdown
+from pdprune.claims.ranking import learned_ranking
 from pdprune.tasks import TaskData
 
 TARGET_LOSS = {"dense-py": 0.15, "sparse-py": 0.3}
 """Task cross-entropy in nats; the models' own on held-out prompts is 0.06 and 0.12."""
 SITES = ["*.mlp.down", "*.attn.out"]
+FOLDER = Path("runs/tuning")
 DEFAULT, FRESH = Learning(), TrainingAdversary()
 HARD_CONCRETE = replace(DEFAULT, gate_map="hard_concrete", sparsity=Sparsity("l0"), lr=0.1)
 HEAVISIDE = replace(DEFAULT, gate_map="heaviside", sparsity=Sparsity("l0"), lr=0.01)
@@ -57,10 +55,10 @@ CELLS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_cell(target: str, cell: dict[str, Any], steps: int, n_prompts: int, seed: int) -> dict[str, Any]:
+def run_cell(name: str, target: str, steps: int, n_prompts: int, seed: int) -> dict[str, Any]:
     """Learn the gates; then the smallest top of their ranking that withstands the audit's attack."""
     start = time.process_time()
-    settings = {name: value for name, value in cell.items() if name != "times"}
+    settings = {key: value for key, value in CELLS[name].items() if key != "times"}
     data = TaskData("quote", target, n_held_out=n_prompts, seed=seed)
     pruner = CircuitPruner(
         Decomposition(target, SITES),
@@ -70,19 +68,7 @@ def run_cell(target: str, cell: dict[str, Any], steps: int, n_prompts: int, seed
         seed=seed,
         **settings,
     )
-    trainer = Trainer(
-        max_steps=steps * cell.get("times", 1),
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        log_every_n_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(pruner, datamodule=data)
+    learned_ranking(pruner, data, steps * CELLS[name].get("times", 1))
     learned = time.process_time() - start
     reference = Reference.measure("mean", pruner.model, [as_batch(raw) for raw in data.train_batches()], seed)
     losses = masked_losses(pruner.model, [as_batch(raw) for raw in data.held_out_batches()], "ce", reference)
@@ -102,30 +88,20 @@ def run_cell(target: str, cell: dict[str, Any], steps: int, n_prompts: int, seed
     }
 
 
-def table(folders: list[Path]) -> str:
+def table(results: Sequence[Result]) -> str:
     """What is done, as Markdown: a column of sizes and worst cases for each seed."""
-    seeds = [folder.name.rpartition("-")[2] for folder in folders]
+    seeds = sorted({result.cell["seed"] for result in results})
+    rows = []
+    for name in dict.fromkeys(result.cell["name"] for result in results):
+        of_it = {result.cell["seed"]: result.figures for result in results if result.cell["name"] == name}
+        sizes = [
+            f"{row['kept']:,} of {row['of']:,} ({row['worst']:.3f})" if (row := of_it.get(seed)) else ""
+            for seed in seeds
+        ]
+        seconds = sum(row["seconds"]["learning"] for row in of_it.values()) / len(of_it)
+        rows.append([name, *sizes, f"{seconds:.0f}"])
     heads = [f"nodes kept (worst case), seed {seed}" for seed in seeds]
-    lines = [
-        "| " + " | ".join(["gate map, sparsity term, ascent", *heads, "CPU s to learn"]) + " |",
-        "|---" + "|---:" * (len(heads) + 1) + "|",
-    ]
-    for name in CELLS:
-        rows = [_read(folder / f"{_slug(name)}.json") for folder in folders]
-        done = [row for row in rows if row]
-        if done:
-            sizes = [f"{row['kept']:,} of {row['of']:,} ({row['worst']:.3f})" if row else "" for row in rows]
-            seconds = sum(row["seconds"]["learning"] for row in done) / len(done)
-            lines.append("| " + " | ".join([name, *sizes, f"{seconds:.0f}"]) + " |")
-    return "\n".join(lines)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name)
+    return markdown(["gate map, sparsity term, ascent", *heads, "CPU s to learn"], rows)
 
 
 def main() -> None:
@@ -133,24 +109,18 @@ def main() -> None:
     parser.add_argument("--target", default="dense-py", choices=sorted(TARGET_LOSS))
     parser.add_argument("--steps", type=int, default=150, help="keep steps of a cell")
     parser.add_argument("--n_prompts", type=int, default=128, help="held-out prompts that sizes are measured on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="cells whose name contains this")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--table", action="store_true", help="print the table of what is done")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    runs = Path("runs/tuning")
-    folder = runs / f"{args.target}-{args.steps}-{args.seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, cell in CELLS.items() if not args.table else ():
-        path = folder / f"{_slug(name)}.json"
-        if path.is_file() or (args.only and args.only not in name):
-            continue
-        result = run_cell(args.target, cell, args.steps, args.n_prompts, args.seed)
-        result |= {"cell": name, "torch": torch.__version__, "seed": args.seed, "steps": args.steps}
-        write_atomically(path, json.dumps(result, indent=1).encode())
-        print(name, result, flush=True)
-    print(table(sorted(runs.glob(f"{args.target}-{args.steps}-*"))))
+    cells = [
+        {"name": name, "target": args.target, "steps": args.steps, "n_prompts": args.n_prompts, "seed": seed}
+        for seed in args.seeds
+        for name in CELLS
+        if args.only in name
+    ]
+    results = saved_cells(FOLDER, cells) if args.table else run_cells(FOLDER, cells, run_cell)
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def compare(folders: list[Path]) -> Table:
         *(f"{audit.n_kept:,}" for audit in audits),
         end_section=True,
     )
-    for row in (*_loss_rows(audits), *_kl_rows(audits), *_task_rows(audits)):
+    for row in (*_loss_rows(audits), *_kl_rows(audits), *_task_rows(audits), *_random_rows(audits)):
         table.add_row(*row)
     verdicts = ({None: "-", True: "yes", False: "no"}[audit.faithful] for audit in audits)
     table.add_row(f"faithful ({_name(first)} by adversary ≤ {first.target_loss})", "", *verdicts)
@@ -116,6 +116,15 @@ def _task_rows(audits: list[Audit]) -> list[tuple[str, ...]]:
         )
         for scheme, rest in REST.items()
     ]
+
+
+def _random_rows(audits: list[Audit]) -> list[tuple[str, ...]]:
+    """The share of random circuits of the same size that each circuit beats, the rest ablated."""
+    tests = [None if audit.hypothesis_tests is None else audit.hypothesis_tests.sufficiency for audit in audits]
+    if all(test is None for test in tests):
+        return []
+    cells = ("-" if test is None else f"{test.share:.0%} ({test.low:.0%}-{test.high:.0%})" for test in tests)
+    return [("better than random circuits", "", *cells)]
 
 
 def main(args: list[str] | None = None) -> int:

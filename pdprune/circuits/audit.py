@@ -31,6 +31,8 @@ from pdprune.circuits.findings import (
     Stochastic,
     TaskScores,
 )
+from pdprune.circuits.hypotheses import HypothesisSettings, check_hypotheses, cost_of
+from pdprune.circuits.matched import interchangeable_nodes, permuted_within, reordered
 from pdprune.decomposition import DecomposedModel
 from pdprune.errors import NonFiniteLossError, UserError, require_gradients
 from pdprune.losses import (
@@ -77,6 +79,7 @@ def audit(
     second_attack: bool = False,
     draws: int = 32,
     random_circuits: int = 4,
+    hypotheses: HypothesisSettings | None = None,
     reference_batches: Iterable[Any] | None = None,
     max_ablated: int | None = None,
     held_out: bool | None = None,
@@ -107,6 +110,7 @@ def audit(
         second_attack: whether an attack of another kind follows.
         draws: random sources of the stochastic check.
         random_circuits: how many to compare with.
+        hypotheses: the circuit hypothesis tests to do besides, none if not given (see `pdprune.circuits.hypotheses`).
         reference_batches: what mean references are measured on; by default `batches`.
         max_ablated: how many nodes the adversary may ablate. With it, its loss may be below that of complete ablation.
         held_out: whether nothing was chosen on `batches`, for the record.
@@ -133,7 +137,8 @@ def audit(
         reference = Reference.measure(reference, model, measured_on, seed)
     eye = _Eye.on(masked_losses(model, data, loss, reference), loss)
     games = _games(eye.losses, gates, scope, max_ablated)
-    course = _Course(progress, plan.cost(games) + len(games) * (4 + draws + random_circuits * passes_of(FLOOR)))
+    cost = plan.cost(games) + len(games) * (4 + draws + random_circuits * passes_of(FLOOR))
+    course = _Course(progress, cost + (cost_of(hypotheses, FLOOR, games) if hypotheses else 0))
 
     with course.check("model, complete ablation, complement", 3 * len(games)):
         unablated = eye.read(games, [game.corner(1.0) for game in games])
@@ -147,6 +152,11 @@ def audit(
         transfer = _transfer(games, attacked.worst)
     with course.check(f"{random_circuits} random circuits", random_circuits * len(games) * passes_of(FLOOR)):
         random = _random_circuits(eye, games, model, random_circuits, seed)
+    tests = None
+    if hypotheses is not None:
+        sources = [worst.entries for worst in attacked.worst]
+        with course.check("hypothesis tests", cost_of(hypotheses, FLOOR, games)):
+            tests = check_hypotheses(games, model, sources, hypotheses, FLOOR, seed, progress)
 
     adversarial_loss = _not_below_its_starts(
         attacked.loss,
@@ -189,6 +199,7 @@ def audit(
         target_loss=target_loss,
         faithful=None if target_loss is None else adversarial_loss <= target_loss,
         kl=_kl(complete, drawn, under_attack),
+        hypothesis_tests=tests,
         worst_source=source,
         worst_source_delta=delta_source,
     )
@@ -588,16 +599,13 @@ def _random_circuits(
 ) -> RandomCircuits | None:
     """Circuits that keep as many nodes of every set of sites, under complete ablation and the least attack allowed."""
     gates = [g for game in games for g in game.gates]
-    groups = _interchangeable_nodes(gates, model)
+    groups = interchangeable_nodes(gates, model)
     if count == 0 or not groups:
         return None
     complete, adversarial = 0.0, 0.0
     for circuit in range(count):
-        order = _permuted_within(groups, model.n_nodes, generator(seed, "audit-random-circuit", circuit))
-        others = [
-            Game(game.losses, [g[..., order.to(g.device)] for g in game.gates], game.scope, game.max_ablated)
-            for game in games
-        ]
+        order = permuted_within(groups, model.n_nodes, generator(seed, "audit-random-circuit", circuit))
+        others = reordered(games, order)
         complete += eye.read(others, [torch.zeros_like(game.corner(0.0)) for game in others]).loss / count
         worst = []
         for index, game in enumerate(others):
@@ -605,22 +613,6 @@ def _random_circuits(
                 worst.append(attack(game, FLOOR, generator(seed, "audit-random-attack", circuit, index)))
         adversarial += _loss_of(worst) / count
     return RandomCircuits(count, _n_kept(gates), complete, adversarial)
-
-
-def _interchangeable_nodes(gates: Sequence[Tensor], model: DecomposedModel) -> list[list[int]]:
-    """Nodes that live in the same sites, where some are kept and some are not."""
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for node, sites in enumerate(model.node_signature):
-        groups.setdefault(sites, []).append(node)
-    rows = torch.cat([g.reshape(-1, model.n_nodes) for g in gates])
-    return [nodes for nodes in groups.values() if bool((rows[:, nodes] != rows[:, nodes[:1]]).any())]
-
-
-def _permuted_within(groups: Sequence[Sequence[int]], n: int, rng: torch.Generator) -> Tensor:
-    order = torch.arange(n)
-    for nodes in groups:
-        order[nodes] = torch.tensor(nodes)[torch.randperm(len(nodes), generator=rng)]
-    return order
 
 
 # -- the task --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pdprune.files import read_json, write_atomically
 SCHEMA = "pdprune.audit/1"
 JSON_FILE = "audit.json"
 NOT_IN_JSON = ("worst_source", "worst_source_delta")
+ONLY_IF_THERE = ("kl", "hypothesis_tests")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,78 @@ class RandomCircuits:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """How the circuit stands among `n` random ones of as many nodes in each site.
+
+    Attributes:
+        loss: the circuit's own.
+        n, median: of the random ones: how many, and the median of their losses.
+        share: of the random ones that the circuit beats: its percentile.
+        low, high: the 95 % interval of that share (Wilson's).
+    """
+
+    loss: float
+    n: int
+    median: float
+    share: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Removal:
+    """By how much the worst case rises without one node of the circuit."""
+
+    node: int
+    change: float
+
+
+@dataclass(frozen=True)
+class Minimality:
+    """What the removal of single nodes does to the worst case: lower bounds, as the worst case itself.
+
+    Attributes:
+        tested, attacked: kept nodes that were removed in turn; of these, how many removals were attacked and not only
+            tried under the sources known to be bad.
+        largest, smallest: the removals that raise the worst case most and least.
+        unchanged: nodes whose removal raises it by no more than 2 %, as far as was tried: the circuit may not need
+            them, each by itself.
+    """
+
+    tested: int
+    attacked: int
+    largest: Removal
+    smallest: Removal
+    unchanged: list[int]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The loss under the source `t·1 + (1 − t)·s`: the worst found at t = 0, no ablation at t = 1."""
+
+    t: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class HypothesisTests:
+    """What the circuit claims, tested (see `pdprune.circuits.hypotheses`).
+
+    Attributes:
+        sufficiency: the circuit among random ones, the rest ablated; it beats those that lose more. None where there
+            is nothing to draw.
+        necessity: its complement among theirs; it beats those whose ablation costs less. None likewise.
+        minimality: None where it was not asked for, or the circuit is empty.
+        ablation_curve: from the worst source to no ablation.
+    """
+
+    sufficiency: Comparison | None
+    necessity: Comparison | None
+    minimality: Minimality | None
+    ablation_curve: list[CurvePoint]
+
+
+@dataclass(frozen=True)
 class Score:
     """How well the task is done: cross-entropy in nats over the answers to choose from, and share answered rightly."""
 
@@ -122,6 +195,7 @@ class Audit:
         task, beats_model: None without labels.
         faithful: whether `adversarial.loss` stays within `target_loss`; None without one.
         kl: only in JSON when the loss is another one on outputs that are classes.
+        hypothesis_tests: only in JSON where they were asked for.
         worst_source: the worst source found, `[*lead, n]`, kept nodes 1; of several batches' the one that hurts the
             data most. Not in JSON.
         worst_source_delta: its entries for the deltas, `[*lead, n_sites]`. Not in JSON.
@@ -148,6 +222,7 @@ class Audit:
     target_loss: float | None
     faithful: bool | None
     kl: KL | None = None
+    hypothesis_tests: HypothesisTests | None = None
     schema: str = SCHEMA
     worst_source: Float[Tensor, "*lead n"] | None = field(default=None, repr=False, compare=False)
     worst_source_delta: Float[Tensor, "*lead s"] | None = field(default=None, repr=False, compare=False)
@@ -156,7 +231,8 @@ class Audit:
         """The content of `audit.json`."""
         tensors_left_out = dataclasses.replace(self, worst_source=None, worst_source_delta=None)
         content = dataclasses.asdict(tensors_left_out)
-        dropped = NOT_IN_JSON if self.kl is not None else (*NOT_IN_JSON, "kl")
+        absent = [name for name in ONLY_IF_THERE if content[name] is None]
+        dropped = (*NOT_IN_JSON, *absent)
         return {"schema": SCHEMA} | {name: value for name, value in content.items() if name not in dropped}
 
     def save(self, path: str | Path) -> None:
@@ -184,6 +260,7 @@ class Audit:
 
 def _from_json(content: dict[str, Any]) -> Audit:
     adversarial, random, task, kl = (content.get(key) for key in ("adversarial", "random_circuits", "task", "kl"))
+    tests = content.get("hypothesis_tests")
     assert isinstance(adversarial, dict)
     records = {
         "stochastic": Stochastic(**content["stochastic"]),
@@ -191,8 +268,19 @@ def _from_json(content: dict[str, Any]) -> Audit:
         "random_circuits": None if random is None else RandomCircuits(**random),
         "task": None if task is None else TaskScores(**{check: Score(**score) for check, score in task.items()}),
         "kl": None if kl is None else KL(**kl),
+        "hypothesis_tests": None if tests is None else _tests_from_json(tests),
     }
     return Audit(**content | records)
+
+
+def _tests_from_json(content: dict[str, Any]) -> HypothesisTests:
+    minimality, compared = content["minimality"], (content["sufficiency"], content["necessity"])
+    sufficiency, necessity = (None if one is None else Comparison(**one) for one in compared)
+    if minimality is not None:
+        removals = {end: Removal(**minimality[end]) for end in ("largest", "smallest")}
+        minimality = Minimality(**minimality | removals)
+    curve = [CurvePoint(**point) for point in content["ablation_curve"]]
+    return HypothesisTests(sufficiency, necessity, minimality, curve)
 
 
 def _file(path: str | Path) -> Path:

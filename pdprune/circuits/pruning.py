@@ -26,6 +26,7 @@ from pdprune.circuits.audit import audit as audit_circuit
 from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.exhaustive import can_be_exhaustive, select_exhaustively
 from pdprune.circuits.gates import GateMap, HardConcrete, Heaviside, LeakyHardSigmoid, Sparsity
+from pdprune.circuits.hypotheses import HypothesisSettings
 from pdprune.circuits.predictions import prediction_records
 from pdprune.circuits.results import circuit_results, summary_of
 from pdprune.circuits.schemes import Draws, SchemeName, Scorer, scorer
@@ -90,6 +91,7 @@ class AuditSettings:
         test_ladder: the ladder of `test`, which always has the second attack.
         compute: what selection and audit compute matrix products in, whatever `trainer.precision` is: `float32`,
             `bfloat16` or `float16`.
+        hypotheses: the circuit hypothesis tests; `test` removes every kept node in turn, whatever is said here.
     """
 
     draws: int = 32
@@ -98,6 +100,7 @@ class AuditSettings:
     second: bool = False
     test_ladder: tuple[int, ...] = (20, 80, 320)
     compute: Compute = "float32"
+    hypotheses: HypothesisSettings = field(default_factory=HypothesisSettings)
 
     def __post_init__(self) -> None:
         require_compute("audit: compute", self.compute)
@@ -512,13 +515,13 @@ class CircuitPruner(LightningModule):
             if self.selected is None:
                 self._select_aloud(datamodule)
                 save_checkpoint_alone(self.trainer, RunFolder(folder).last)
-            self._write_audited(datamodule, folder, self.audit.ladder, second=self.audit.second)
+            self._write_audited(datamodule, folder, self.audit)
 
     def _select_aloud(self, data: CircuitData) -> None:
         with telling("selection") as tell:
             self.select(data, lambda doing, scored, kept: tell(f"{doing}, {scored} circuits scored, {kept} kept"))
 
-    def _write_audited(self, data: AuditedData, folder: Path, ladder: Sequence[int], *, second: bool) -> Audit:
+    def _write_audited(self, data: AuditedData, folder: Path, settings: AuditSettings) -> Audit:
         """Audit on the held-out split and write both files, `audit.json` last: where it is, all is."""
         circuit = self.circuit(task=data.name, config=self._resolved_config())
         with telling("audit") as tell:
@@ -533,10 +536,11 @@ class CircuitPruner(LightningModule):
                 steps=self.attack.steps,
                 step_size=self.attack.step_size,
                 restarts=self.attack.restarts,
-                ladder=ladder,
-                second_attack=second,
-                draws=self.audit.draws,
-                random_circuits=self.audit.random_circuits,
+                ladder=settings.ladder,
+                second_attack=settings.second,
+                draws=settings.draws,
+                random_circuits=settings.random_circuits,
+                hypotheses=settings.hypotheses,
                 max_ablated=self.adversary.max_ablated,
                 held_out=True,
                 seed=self.seed,
@@ -578,7 +582,9 @@ class CircuitPruner(LightningModule):
             if self.selected is None:
                 self._select_aloud(data)
             folder = Path(self.trainer.default_root_dir)
-            found = self._write_audited(data, folder, self.audit.test_ladder, second=True)
+            longer = replace(self.audit, ladder=self.audit.test_ladder, second=True)
+            longer = replace(longer, hypotheses=replace(longer.hypotheses, removals=True))
+            found = self._write_audited(data, folder, longer)
         summary = {f"test/{name}": float(value) for name, value in summary_of(found).items() if value is not None}
         self.log_dict(summary, rank_zero_only=True)
 

@@ -121,6 +121,8 @@ class Session:
             case "python docs/picture.py":
                 self.have_runs(arguments)
                 runpy.run_path("docs/picture.py")["draw"]([Path(run) for run in arguments], self.folder / "picture.png")
+            case "python -m pdprune.claims":
+                self.parse("pdprune.claims.__main__", arguments)
             case "python -m pdprune.decomposition.export":
                 self.parse("pdprune.decomposition.export", arguments)
             case script if script.startswith("python benchmarks/"):

@@ -1,0 +1,59 @@
+"""Means over seeds with their 95 % intervals, and tables of them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from pdprune.seeding import generator
+
+RESAMPLES = 2000
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+"""97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; above, the normal's 1.96 is close enough."""
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % interval over `n` independent repetitions; without a width where there is only one."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def within(self, least: float, most: float) -> Interval:
+        """Cut at the bounds of what is measured: a share lies between 0 and 1."""
+        return self._replace(low=max(least, self.low), high=min(most, self.high))
+
+    def show(self, digits: int = 2) -> str:
+        """`0.93 [0.87, 0.99]`, or the mean alone where all repetitions agree or there is one."""
+        mean, low, high = (f"{value:,.{digits}f}" for value in (self.mean, self.low, self.high))
+        return mean if self.n < 2 or low == high else f"{mean} [{low}, {high}]"
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """The mean over seeds and Student's interval around it: for few values that are about normal."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Interval(mean, mean, mean, len(values))
+    degrees = len(values) - 1
+    quantile = STUDENT[degrees - 1] if degrees <= len(STUDENT) else 1.96
+    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half, len(values))
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
+    """The mean and its percentile interval over resamples: for many values, of any distribution."""
+    drawn = torch.tensor(values, dtype=torch.float64)
+    chosen = torch.randint(0, len(drawn), (RESAMPLES, len(drawn)), generator=generator(seed, "bootstrap"))
+    low, high = torch.quantile(drawn[chosen].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(float(drawn.mean()), low, high, len(values))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is words and whose others are figures."""
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))

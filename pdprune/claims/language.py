@@ -1,0 +1,139 @@
+"""A shipped language model and the prompts of a task, as the experiments prune and audit them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pdprune.adversary.objective import Reference
+from pdprune.batches import as_batch, as_batches
+from pdprune.circuits.audit import Audit, audit
+from pdprune.circuits.circuit import Circuit
+from pdprune.circuits.prune import prune
+from pdprune.circuits.schemes import SchemeName
+from pdprune.circuits.selection import Selection
+from pdprune.decomposition import DecomposedModel, decompose
+from pdprune.losses import task_loss_and_accuracy
+from pdprune.seeding import generator
+from pdprune.targets import load_target
+from pdprune.tasks import TaskData
+
+SITES = ["*.mlp.down", "*.attn.out"]
+"""MLP neurons and attention channels are the nodes."""
+BATCH_SIZE = 64
+SELECTION = Selection(drop_scores=12, swap_scores=60)
+"""Dropping nodes one by one is dear, and makes a circuit of hundreds only a little smaller."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The batches of a task: to learn gates on, to choose the circuit on, and to audit on."""
+
+    train: list[Any]
+    select: list[Any]
+    held_out: list[Any]
+
+    @classmethod
+    def of(cls, task: str, target: str, train: int, others: int, seed: int = 0) -> Splits:
+        """So many prompts of the training split, and of each of the other two."""
+        data = TaskData(task, target, n_train=train, n_select=others, n_held_out=others, seed=seed)
+        in_batches = TaskData(task, target, n_train=train, audit_batch_size=BATCH_SIZE, seed=seed)
+        return cls(in_batches.train_batches(), data.select_batches(), data.held_out_batches())
+
+    def relabelled(self, how: str, seed: int) -> Splits:
+        """With other answers: `wrong`, the first wrong one; `shuffled`, other prompts'; `right`, as they are."""
+        return Splits(*(_relabelled(split, how, seed) for split in (self.train, self.select, self.held_out)))
+
+
+def _relabelled(batches: Sequence[Any], how: str, seed: int) -> list[Any]:
+    match how:
+        case "right":
+            return list(batches)
+        case "wrong":
+            return [batch | {"labels": batch["choices"][:, 1].clone()} for batch in batches]
+        case "shuffled":
+            return [batch | {"labels": _shuffled(batch["labels"], seed, index)} for index, batch in enumerate(batches)]
+        case _:
+            raise AssertionError(f"no labels {how!r}")
+
+
+def _shuffled(labels: torch.Tensor, seed: int, index: int) -> torch.Tensor:
+    return labels[torch.randperm(len(labels), generator=generator(seed, "shuffled labels", index))]
+
+
+def language_model(target: str, weights: str = "trained", seed: int = 0) -> DecomposedModel:
+    """A shipped model by neurons and channels; with `random` weights, the same architecture before any training."""
+    module = load_target(target).module
+    if weights == "random":
+        module = untrained(module, seed)
+    model = decompose(module.requires_grad_(False), SITES, "neuron")
+    model.target_name = target if weights == "trained" else f"{target}, untrained"
+    return model
+
+
+def untrained(module: nn.Module, seed: int) -> nn.Module:
+    """A network of the same kind and sizes with fresh weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = type(module)(module.config)
+    return fresh.eval()
+
+
+def pruned(
+    model: DecomposedModel, splits: Splits, scheme: SchemeName, target_loss: float, steps: int, seed: int
+) -> Circuit:
+    """The smallest circuit within a task cross-entropy, under a scheme; what is ablated is replaced by means."""
+    return prune(
+        model,
+        splits.train,
+        loss="ce",
+        scheme=scheme,
+        reference="mean",
+        target_loss=target_loss,
+        search="gradient",
+        select=splits.select,
+        selection=SELECTION,
+        steps=steps,
+        seed=seed,
+    )
+
+
+def audited(model: DecomposedModel, keep: Any, splits: Splits, target_loss: float, seed: int, **options: Any) -> Audit:
+    """The audit on held-out prompts, by its least attack."""
+    return audit(
+        model,
+        keep,
+        splits.held_out,
+        loss="ce",
+        reference=reference_of(model, splits, seed),
+        target_loss=target_loss,
+        draws=16,
+        random_circuits=0,
+        held_out=True,
+        seed=seed,
+        **options,
+    )
+
+
+def reference_of(model: DecomposedModel, splits: Splits, seed: int) -> Reference:
+    """The means over the training prompts, which pruning used too."""
+    return Reference.measure("mean", model, as_batches(splits.train), seed)
+
+
+def task_scores(
+    model: DecomposedModel, batches: Sequence[Any], mask: torch.Tensor | None, reference: Reference
+) -> tuple[float, float]:
+    """Cross-entropy among the choices and accuracy, under a mask of the nodes (the deltas are none)."""
+    losses, right = [], []
+    with torch.no_grad():
+        for index, raw in enumerate(batches):
+            batch = as_batch(raw)
+            output = model(batch.inputs, mask, None, reference.on(model, batch, index))
+            nats, hits = task_loss_and_accuracy(output, batch)
+            losses.append(nats)
+            right.append(hits)
+    return float(torch.cat(losses).mean()), float(torch.cat(right).mean())

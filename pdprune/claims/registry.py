@@ -1,0 +1,17 @@
+"""The experiments, by name."""
+
+from __future__ import annotations
+
+from pdprune.claims import cancellation, nonsense, overlap, scopes, subsets
+from pdprune.claims.experiment import Experiment
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        cancellation.EXPERIMENT,
+        nonsense.EXPERIMENT,
+        subsets.EXPERIMENT,
+        scopes.EXPERIMENT,
+        overlap.EXPERIMENT,
+    )
+}

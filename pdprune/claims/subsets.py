@@ -1,0 +1,131 @@
+"""Claim 3: subsets cure it, adversarial ones more than random ones. The curve of loss by size, learned three ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from pdprune.circuits.pruning import CircuitPruner
+from pdprune.circuits.schemes import SchemeName
+from pdprune.claims.experiment import Cell, Experiment, Figures, Result
+from pdprune.claims.intervals import markdown, over_seeds
+from pdprune.claims.language import BATCH_SIZE, Splits, audited, language_model
+from pdprune.claims.ranking import learned_ranking
+from pdprune.claims.recovery import top
+from pdprune.tasks import TaskData
+
+SCHEMES: tuple[SchemeName, ...] = get_args(SchemeName)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the experiment is run on.
+
+    Attributes:
+        target, tasks: a shipped language model and tasks of it.
+        seeds: of pruning.
+        shares: of the nodes: the sizes at which each ranking is audited.
+        target_loss: task cross-entropy that gates are learned for, in nats.
+        train, others: prompts to learn gates on, and to audit on.
+        steps: keep steps.
+    """
+
+    target: str = "dense-py"
+    tasks: tuple[str, ...] = ("quote", "bracket", "colon")
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    shares: tuple[float, ...] = (0.02, 0.1, 0.25, 0.4, 0.55, 0.7)
+    target_loss: float = 0.15
+    train: int = 512
+    others: int = 64
+    steps: int = 60
+
+
+SMALL = Settings(tasks=("quote",), seeds=(0,), shares=(0.1, 0.7), train=64, others=8, steps=4)
+
+
+def cells(settings: Settings) -> list[Cell]:
+    """One for every seed, task and scheme."""
+    return [
+        {
+            "task": task,
+            "scheme": scheme,
+            "seed": seed,
+            "target": settings.target,
+            "shares": list(settings.shares),
+            "target_loss": settings.target_loss,
+            "train": settings.train,
+            "others": settings.others,
+            "steps": settings.steps,
+        }
+        for seed in settings.seeds
+        for task in settings.tasks
+        for scheme in SCHEMES
+    ]
+
+
+def run(
+    task: str,
+    scheme: SchemeName,
+    seed: int,
+    target: str,
+    shares: Sequence[float],
+    target_loss: float,
+    train: int,
+    others: int,
+    steps: int,
+) -> Figures:
+    """Learn gates once; audit the top of their ranking at every size."""
+    splits = Splits.of(task, target, train, others)
+    model = language_model(target)
+    pruner = CircuitPruner(
+        model, loss="ce", scheme=scheme, reference="mean", target_loss=target_loss, search="gradient", seed=seed
+    )
+    data = TaskData(task, target, batch_size=BATCH_SIZE, n_train=train, seed=seed)
+    ranking = learned_ranking(pruner, data, steps)
+    curve = []
+    for share in shares:
+        keep = top(ranking, round(share * model.n_nodes))
+        found = audited(model, keep, splits, target_loss, seed)
+        curve.append(
+            {
+                "share": share,
+                "kept": len(keep),
+                "complete_ce": found.complete_loss,
+                "stochastic_ce": found.stochastic.mean,
+                "worst_ce": found.adversarial.loss,
+            }
+        )
+    return {
+        "n_nodes": model.n_nodes,
+        "model_ce": found.model_loss,
+        "open": int((pruner.gates() > 0.5).sum()),
+        "curve": curve,
+    }
+
+
+def table(results: Sequence[Result]) -> str:
+    """Task and scheme by size: the worst case, and in brackets the loss with the rest ablated."""
+    shares = results[0].cell["shares"]
+    rows = []
+    for task, scheme in dict.fromkeys((result.cell["task"], result.cell["scheme"]) for result in results):
+        of_it = [one.figures for one in results if (one.cell["task"], one.cell["scheme"]) == (task, scheme)]
+        row = [f"{task}, {scheme} ({len(of_it)} seeds)"]
+        for place in range(len(shares)):
+            worst, complete = (
+                over_seeds([one["curve"][place][what] for one in of_it]).show() for what in ("worst_ce", "complete_ce")
+            )
+            row.append(f"{worst} ({complete})")
+        rows.append(row)
+    return markdown(["CE by the adversary (rest ablated), by nodes kept", *(f"{s:.0%}" for s in shares)], rows)
+
+
+EXPERIMENT = Experiment(
+    name="subsets",
+    claim="At every size a ranking learned against subsets holds better, and one against adversarial subsets best.",
+    settings=Settings(),
+    small=SMALL,
+    cells=cells,
+    run=run,
+    table=table,
+)

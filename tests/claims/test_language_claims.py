@@ -1,0 +1,85 @@
+"""The claims about language models in small, and the data that they are made on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdprune.claims.__main__ import main
+from pdprune.claims.experiment import Result, saved_cells
+from pdprune.claims.language import Splits, language_model, reference_of, task_scores
+from pdprune.claims.nonsense import EXPERIMENT as NONSENSE
+from pdprune.claims.overlap import ELSEWHERE, after, jaccard
+from pdprune.claims.overlap import EXPERIMENT as OVERLAP
+from pdprune.targets import load_target
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return Splits.of("quote", "dense-py", 128, 16)
+
+
+def test_splits_are_of_the_sizes_asked_for(splits: Splits) -> None:
+    assert [len(batch["labels"]) for batch in splits.train] == [64, 64]
+    assert [len(batch["labels"]) for batch in (*splits.select, *splits.held_out)] == [16, 16]
+
+
+def test_other_answers(splits: Splits) -> None:
+    right = splits.held_out[0]["labels"]
+    wrong = splits.relabelled("wrong", 0).held_out[0]["labels"]
+    shuffled = splits.relabelled("shuffled", 0).held_out[0]["labels"]
+    assert bool((wrong != right).all())
+    assert sorted(shuffled.tolist()) == sorted(right.tolist()) and not torch.equal(shuffled, right)
+    assert torch.equal(splits.relabelled("right", 0).held_out[0]["labels"], right)
+
+
+def test_an_untrained_model_is_at_chance_and_a_trained_one_is_not(splits: Splits) -> None:
+    trained, untrained = language_model("dense-py"), language_model("dense-py", "random", 0)
+    assert trained.n_nodes == untrained.n_nodes == 960
+    scores = [task_scores(m, splits.held_out, None, reference_of(m, splits, 0)) for m in (trained, untrained)]
+    assert scores[0][0] < 0.2 and 0.5 < scores[1][0] < 1
+
+
+def test_prompts_after_a_comment_are_the_same_prompts(splits: Splits) -> None:
+    tokenizer = load_target("dense-py").tokenizer
+    assert tokenizer is not None
+    batch = splits.held_out[0]
+    moved = after(batch, ELSEWHERE, "dense-py")
+    for row in (0, 5):
+        end = int(batch["positions"][row]) + 1
+        text = tokenizer.decode(batch["inputs"]["input_ids"][row, :end].tolist())
+        end = int(moved["positions"][row]) + 1
+        assert tokenizer.decode(moved["inputs"]["input_ids"][row, :end].tolist()) == ELSEWHERE + text
+    model = language_model("dense-py")
+    assert task_scores(model, [moved], None, reference_of(model, splits, 0))[1] > 0.6
+
+
+@pytest.mark.slow
+def test_wrong_answers_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Too short a training to find much: that cells are made, saved, and add up to a table."""
+    assert main(["run", "nonsense", "--small", "--folder", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    results = saved_cells(tmp_path / "nonsense", NONSENSE.cells(NONSENSE.small))
+    by_scheme = {result.cell["scheme"]: result.figures for result in results}
+    assert set(by_scheme) == {"complete", "adversarial"}
+    for scheme, figures in by_scheme.items():
+        assert f"| wrong answers, {scheme} |" in printed
+        assert figures["model_ce"] > 1 and figures["worst_ce"] >= figures["complete_ce"]
+        assert figures["faithful"] is False
+    adversarial = by_scheme["adversarial"]
+    assert adversarial["reached"] is False and adversarial["kept"] == 960  # no circuit can hold: all nodes are returned
+
+
+def test_overlaps_by_hand() -> None:
+    assert jaccard({1, 2, 3}, {2, 3, 4}) == 0.5 and jaccard(set(), set()) == 1
+    held_out = {"model": 1.0, "complete": 0.5, "adversarial": 0.25}
+
+    def result(seed: int, half: int, kept: list[int]) -> Result:
+        figures = {"kept": kept, "n_nodes": 10, "held_out": held_out, "elsewhere": held_out}
+        return Result({"scheme": "complete", "seed": seed, "half": half}, figures, 0.0)
+
+    table = OVERLAP.table([result(0, 0, [1, 2]), result(0, 1, [1, 2]), result(1, 0, [1, 3]), result(1, 1, [3, 1])])
+    (row,) = (line for line in table.splitlines() if line.startswith("| complete |"))
+    assert [cell.strip() for cell in row.split("|")[2:6]] == ["2 of 10", "0.33", "1.00", "0.11"]
