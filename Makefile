@@ -42,7 +42,7 @@ docs: $(STAMP)
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 notebooks: $(STAMP)
-	@$(VENV)/bin/jupyter-execute --inplace --NotebookClient.record_timing=False notebooks/*.ipynb
+	@$(RUN) docs/run_notebooks.py
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check .

@@ -294,7 +294,7 @@ class Reconstruction(Metric):
         found: dict[str, float] = {}
         pool: list[Tensor] = []
         costs = list(itertools.accumulate(map(passes_of, self.ascents.values()), initial=0))
-        for (name, ascent), before, after in zip(self.ascents.items(), costs, costs[1:], strict=True):
+        for (name, ascent), (before, after) in zip(self.ascents.items(), itertools.pairwise(costs), strict=True):
             rng = generator(self.seed, "reconstruction-attack", ascent.steps, index)
             with span(before / costs[-1], after / costs[-1]):
                 worst = attack(game, ascent, rng, pool=pool)

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from forking import in_a_child, on_ranks
-from test_cli_circuit import CONFIG, PROMPTS, network
+from tiny_circuit import CONFIG, PROMPTS, network
 
 from pdprune.circuits.pruning import CircuitPruner
 from pdprune.decomposition.learning import ComponentLearner

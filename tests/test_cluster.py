@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_cli_circuit import CONFIG, PROMPTS, network
+from tiny_circuit import CONFIG, PROMPTS, network
 
 from pdprune import cluster
 from pdprune.decomposition import read_clusters

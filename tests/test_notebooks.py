@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ def code_cells(notebook: Any) -> list[Any]:
 
 
 def kinds(cell: Any) -> list[str]:
-    """What a cell put out: `stdout`, or the richest type of what it showed."""
-    return [
+    """What a cell put out: `stdout`, in however many pieces, or the richest type of what it showed."""
+    shown = (
         output.get("name") or max(output.data, key=lambda kind: kind.startswith("image")) for output in cell.outputs
-    ]
+    )
+    return [kind for kind, _ in itertools.groupby(shown)]
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ class Session:
             goes_on = {"--overwrite", "--ckpt_path"} & set(arguments)
             assert main([*arguments, *steps, *([] if goes_on else ["--overwrite"])]) == 0
             return
-        if not Path("runs/quickstart/checkpoints").is_dir():
+        if "--circuit" not in arguments and not Path("runs/quickstart/checkpoints").is_dir():
             self.train(["fit", *arguments[1:]])
         short = ["--model.audit.test_ladder", "[]", "--model.audit.random_circuits", "0", "--trainer.max_steps", "2"]
         assert main([*arguments, *NO_SEARCH, *short, "--trainer.enable_progress_bar", "false"]) == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from targets.tiny_models import save_byte_level, save_model
-from test_cli_circuit import CONFIG, PROMPTS, network
+from tiny_circuit import CONFIG, PROMPTS, network
 
 from pdprune.report import AuditedRun
 from pdprune.report.__main__ import main as report
