@@ -45,8 +45,9 @@ def test_what_ships_loads_and_its_card_compares_as_many_components(run: Path, tm
     assert str(run) not in (folder / "config.yaml").read_text()
 
     card = json.loads((folder / "card.json").read_text())
-    own, same, strongest, svd, *more = card["rows"]
+    own, same, strongest, others, svd, *more = card["rows"]
     assert same["reconstruction"] == own["reconstruction"]
+    assert others["reconstruction"] == strongest["reconstruction"]
     for row in (strongest, svd):
         for name, site in row["sites"].items():
             assert site["l0"] == max(1, round(own["sites"][name]["l0"]))

@@ -66,6 +66,7 @@ class Session:
         )
         patch.setattr("pdprune.decomposition.learning.ComponentLearner.finish", lambda *_, **__: None)
         patch.setattr("pdprune.decomposition.learning.warm_up", lambda *_: None)
+        patch.setattr("pdprune.train.PdpruneCLI._write_report", lambda *_: None)  # it has tests of its own
         assert prune.__kwdefaults__ is not None
         patch.setitem(prune.__kwdefaults__, "selection", Selection(drop_scores=0, swap_scores=0))
 
