@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from pdprune.circuits.circuit import jaccard
+from pdprune.claims.recovery import top
 from pdprune.files import write_atomically
 from pdprune.run_folder import RunFolder
 from pdprune.train import main as train
@@ -37,30 +39,19 @@ def fitted(folder: Path, config: str, precision: str, seed: int, rest: list[str]
     state = torch.load(RunFolder(folder).last, weights_only=True)["state_dict"]
     audit = json.loads((folder / "audit.json").read_text())
     return {
-        "keep": load_file(folder / "circuit.safetensors")["keep"],
-        "ranking": state["openness"],
+        "kept": set(load_file(folder / "circuit.safetensors")["keep"].flatten().nonzero().squeeze(1).tolist()),
+        "ranking": state["openness"].flatten(),
         "worst": audit["adversarial"]["loss"],
         "complete": audit["complete_loss"],
     }
 
 
-def jaccard(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Of two sets `Bool[n]`, how much of their union is common."""
-    return int((one & other).sum()) / max(1, int((one | other).sum()))
-
-
-def top(ranking: torch.Tensor, size: int) -> torch.Tensor:
-    """The `size` highest-ranked, as `Bool[n]`."""
-    chosen = ranking.flatten().argsort(descending=True, stable=True)[:size]
-    return torch.zeros(ranking.numel(), dtype=torch.bool).index_fill(0, chosen, True).reshape(ranking.shape)
-
-
 def compared(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """How near two fits are: their circuits, and of both rankings the top of the first one's size."""
-    size = int(one["keep"].sum())
+    size = len(one["kept"])
     return {
-        "kept": [size, int(other["keep"].sum())],
-        "jaccard": jaccard(one["keep"], other["keep"]),
+        "kept": [size, len(other["kept"])],
+        "jaccard": jaccard(one["kept"], other["kept"]),
         "jaccard_of_rankings": jaccard(top(one["ranking"], size), top(other["ranking"], size)),
         "worst_case": [one["worst"], other["worst"]],
         "worst_case_off_by": abs(other["worst"] / one["worst"] - 1),

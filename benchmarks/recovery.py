@@ -14,13 +14,14 @@ known answer.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pdprune.loggers import read_metrics
+from pdprune.run_folder import METRICS_FILE
 from pdprune.train import main as pdprune_train
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -55,8 +56,7 @@ def fit(run: Path, result: Path, config: Path, *options: str) -> None:
 
 def final_loss(run: Path) -> float:
     """The mean training loss over the last tenth of the steps."""
-    with (run / "metrics.csv").open() as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+    losses = [loss for loss in read_metrics(run / METRICS_FILE)["loss"] if loss is not None]
     return fmean(losses[-max(1, len(losses) // 10) :])
 
 

@@ -17,7 +17,7 @@ from pdprune.files import write_atomically
 from pdprune.loggers import MetricsCsv, group_names, wandb_logger
 from pdprune.progress import telling
 from pdprune.ranks import save_checkpoint_alone
-from pdprune.run_folder import RunFolder
+from pdprune.run_folder import CONFIG_FILE, METRICS_FILE, RunFolder
 from pdprune.signals import StopSignals, requeue_job
 
 
@@ -58,7 +58,7 @@ class OpenRunFolder(SaveConfigCallback):
             _write_config(folder, resolved)
         trainer.strategy.barrier("open_run_folder")
 
-        csv_logger = MetricsCsv(folder.path / "metrics.csv")
+        csv_logger = MetricsCsv(folder.path / METRICS_FILE)
         csv_logger.drop_rows_after(self._last_logged_step)
         for logger in trainer.loggers:
             logger.log_hyperparams(resolved)
@@ -89,7 +89,7 @@ class OpenRunFolder(SaveConfigCallback):
 
 def _write_config(folder: RunFolder, resolved: dict[str, Any]) -> None:
     content = f"# pdprune {version('pdprune')}\n" + yaml.safe_dump(resolved, sort_keys=False)
-    write_atomically(folder.path / "config.yaml", content.encode())
+    write_atomically(folder.path / CONFIG_FILE, content.encode())
 
 
 class RunCheckpoint(Checkpoint):

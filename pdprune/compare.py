@@ -124,7 +124,7 @@ def _random_rows(audits: list[Audit]) -> list[tuple[str, ...]]:
     if all(test is None for test in tests):
         return []
     cells = ("-" if test is None else f"{test.share:.0%} ({test.low:.0%}-{test.high:.0%})" for test in tests)
-    return [("better than random circuits", "", *cells)]
+    return [("better than random circuits, ablated", "", *cells)]
 
 
 def main(args: list[str] | None = None) -> int:

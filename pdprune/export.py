@@ -1,11 +1,11 @@
 """A run's circuit for other tools: `python -m pdprune.export RUN [--out FOLDER]`.
 
-    circuit.graphml           the kept nodes, for graph tools (networkx, Gephi, Cytoscape, yEd)
+    circuit.graphml           the kept nodes and the edges that the report draws, for graph tools (networkx, Gephi, ...)
     circuit.node_link.json    the same as networkx reads it: networkx.node_link_graph(json.load(file), edges="edges")
     nodes.csv, nodes.parquet  all nodes, kept or not: site, component, layer, role, gate, and the worst source found
 
 Parquet needs pyarrow (extra `parquet`). The nodes that are not kept are looked up in the target that the run's
-`config.yaml` names; relative paths in it must hold from where the command is given.
+`config.yaml` names, and edges are traced in it; relative paths in it must hold from where the command is given.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from pdprune.circuits.node_table import COLUMNS, NodeRow, rows_of
 from pdprune.errors import UserError
 from pdprune.files import write_atomically
 from pdprune.progress import telling
+from pdprune.report import AuditedRun
+from pdprune.report.gather import strongest_edges
 
 GRAPHML = "circuit.graphml"
 NODE_LINK = "circuit.node_link.json"
@@ -80,6 +82,14 @@ def all_rows(run: Path, circuit: Circuit) -> tuple[list[NodeRow], list[str]]:
     return rows_of(circuit, dict(enumerate(model.nodes))), []
 
 
+def edges_between(run: Path) -> tuple[list[Edge], list[str]]:
+    """The edges that a run's report draws, and what has to be said about them; none of a run that was not audited."""
+    try:
+        return strongest_edges(AuditedRun.load(run))
+    except UserError as error:
+        return [], [f"the graph has no edges: {error}"]
+
+
 def _as_csv(rows: Sequence[NodeRow]) -> bytes:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -117,11 +127,13 @@ def main(args: list[str] | None = None) -> int:
             circuit = Circuit.load(given.run)
             tell("the nodes that are not kept")
             rows, missing = all_rows(given.run, circuit)
-            files, left_out = write_export(circuit, rows, given.out or given.run / "export")
+            tell("edges")
+            edges, about_edges = edges_between(given.run)
+            files, left_out = write_export(circuit, rows, given.out or given.run / "export", edges)
     except UserError as error:
         print("pdprune: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    for note in (*missing, *left_out):
+    for note in (*missing, *about_edges, *left_out):
         print(f"pdprune: {' '.join(note.split())}", file=sys.stderr)
     print(f"Wrote {', '.join(path.name for path in files)} to {files[0].parent}")
     return 0

@@ -40,7 +40,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a file by pdprune") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a file that is there") from error
 
 
 def read_json(path: Path, schema: str) -> dict[str, Any]:
@@ -49,8 +49,9 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
     Raises:
         UserError: if it is missing, damaged, or of another schema.
     """
+    data = read_bytes(path)  # its own error says it all
     try:
-        content = json.loads(read_bytes(path))
+        content = json.loads(data)
     except ValueError as error:  # what is no JSON, and what is no text
         raise UserError(f"{path}: is damaged or no JSON ({error}); expected a file by pdprune") from error
     if not isinstance(content, dict) or content.get("schema") != schema:

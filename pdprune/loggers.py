@@ -111,6 +111,22 @@ class MetricsCsv(Logger):
             file.write(self._line(self._rows[-1]))
 
 
+def read_metrics(path: Path) -> dict[str, list[float | None]]:
+    """The columns of a `metrics.csv`, None where nothing was logged; no columns without the file."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [_number(row[name]) for row in rows] for name in (rows[0] if rows else {}) if name is not None}
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:  # a last line cut short by a kill
+        return None
+
+
 def group_names(logger: Logger) -> None:
     """From now on a logger gets every value under a name that begins with its group."""
     log_metrics = logger.log_metrics

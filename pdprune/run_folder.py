@@ -24,9 +24,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from pdprune.errors import UserError
 from pdprune.files import write_atomically
 
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.csv"
+REPORT_FILE = "report.html"
 RESULT_FILES = (
-    "config.yaml",
-    "metrics.csv",
+    CONFIG_FILE,
+    METRICS_FILE,
     "circuit.json",
     "circuit.safetensors",
     "audit.json",
@@ -34,7 +37,7 @@ RESULT_FILES = (
     "decomposition/decomposition.json",
     "decomposition_audit.json",
     "predictions.jsonl",
-    "report.html",
+    REPORT_FILE,
     "export/circuit.graphml",
     "export/circuit.node_link.json",
     "export/nodes.csv",

@@ -18,8 +18,9 @@ import numpy as np
 from jaxtyping import UInt8
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from pdprune.run_folder import REPORT_FILE
+
 GROUP = "audit"
-REPORT = "report.html"
 LEFT_OUT = ("checkpoints", "wandb")
 """Folders in a run folder that are no results."""
 ROWS_AS_TEXT = 500
@@ -84,8 +85,8 @@ def _show_on_wandb(run: Any, results: Results, folder: Path) -> None:
     media: dict[str, Any] = {name: wandb.Image(picture) for name, picture in _pictures(results).items()}
     for name, table in results.tables.items():
         media[name] = wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
-    if (folder / REPORT).is_file():
-        media["report"] = wandb.Html(str(folder / REPORT))
+    if (folder / REPORT_FILE).is_file():
+        media["report"] = wandb.Html(str(folder / REPORT_FILE))
     if media:
         run.log(media)
     if not run.offline:

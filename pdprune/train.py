@@ -53,7 +53,7 @@ from pdprune.files import write_atomically
 from pdprune.loggers import MetricsCsv
 from pdprune.progress import telling
 from pdprune.ranks import is_first_process, require_as_many_as_launched
-from pdprune.run_folder import AtomicCheckpointIO, RunFolder, read_checkpoint
+from pdprune.run_folder import REPORT_FILE, AtomicCheckpointIO, RunFolder, read_checkpoint
 from pdprune.tracking import Results, show_results
 
 TRAINER_DEFAULTS = {
@@ -289,7 +289,7 @@ class PdpruneCLI(LightningCLI):
         """The page of a circuit's run. Its results are safe by now: a page that fails is told of, and costs nothing."""
         if not isinstance(model, CircuitPruner) or not self.trainer.is_global_zero:
             return
-        from pdprune.report import REPORT_FILE, AuditedRun, write_report  # for circuits only
+        from pdprune.report import AuditedRun, write_report  # for circuits only
 
         folder = self.folder.path
         try:

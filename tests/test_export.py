@@ -101,7 +101,8 @@ def test_what_cannot_be_written_is_told(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (run / "config.yaml").unlink()
     assert main([str(run)]) == 0
-    without_table, without_parquet = capsys.readouterr().err.splitlines()
+    without_table, without_edges, without_parquet = capsys.readouterr().err.splitlines()
+    assert "no edges" in without_edges and "audit.json" in without_edges
     assert "kept nodes only" in without_table and "config.yaml" in without_table
     assert "pip install 'pdprune[parquet]'" in without_parquet
     assert sorted(path.name for path in (run / "export").iterdir()) == [

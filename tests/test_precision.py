@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from circuits.networks import by_neuron, token_batch, token_model
+from circuits.networks import token_batch, token_model
 from circuits.test_pruning import tokens
 from decomposition.learners import learner
 from decomposition.learners import tokens as words
@@ -25,6 +25,7 @@ from pdprune.adversary.opponent import TrainingAdversary
 from pdprune.batches import as_batch
 from pdprune.circuits.audit import audit
 from pdprune.circuits.pruning import AuditSettings, CircuitPruner
+from pdprune.claims.planted.handmade import by_neuron
 from pdprune.decomposition.learning import WarmUp
 from pdprune.errors import UserError
 from pdprune.precision import LossScale, computing_in, require_float32_parameters

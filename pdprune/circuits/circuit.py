@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,6 +42,11 @@ class Fingerprint(NamedTuple):
 
     name: str
     sha256: str
+
+
+def jaccard(one: AbstractSet[int], other: AbstractSet[int]) -> float:
+    """Nodes in both over nodes in either; 1 for two empty circuits."""
+    return len(one & other) / len(one | other) if one | other else 1.0
 
 
 class Overlap(NamedTuple):
@@ -148,9 +154,7 @@ class Circuit:
                 "expected two circuits of one decomposition"
             )
         first, second = set(self.kept), set(other.kept)
-        both, either = first & second, first | second
-        jaccard = len(both) / len(either) if either else 1.0
-        return Overlap(jaccard, sorted(both), sorted(first - second), sorted(second - first))
+        return Overlap(jaccard(first, second), sorted(first & second), sorted(first - second), sorted(second - first))
 
     def check_fits(self, model: DecomposedModel) -> None:
         """Refuse a model that this is no circuit of.

@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import UInt8
 
 from pdprune.circuits.findings import Audit
 from pdprune.circuits.node_table import NodeRow
+from pdprune.tracking import Picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Picture = UInt8[np.ndarray, "H W 4"]
 SCHEMES = {"complete": "rest ablated", "stochastic": "rest at random", "adversarial": "rest by the adversary"}
 COLOURS = {"complete": "#d08770", "stochastic": "#8a8f98", "adversarial": "#3b6ea5"}
 ROLE_COLOURS = {"attention": "#d08770", "mlp": "#3b6ea5", "embedding": "#6a994e", "unembedding": "#6a994e"}

@@ -130,19 +130,8 @@ def prune(
     pruner.prepare(data)
     if not pruner.exhaustive([MaskedLoss(model, select_split[0], loss)]):
         device = model.delta_sites.device
-        with _quietly(), _gradients_kept(model):
-            Trainer(
-                max_steps=steps,
-                max_epochs=-1,
-                accelerator="auto" if model.delta_sites.is_cuda else "cpu",
-                devices=1,
-                logger=False,
-                log_every_n_steps=0,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-            ).fit(pruner, datamodule=data)
+        with _gradients_kept(model):
+            learn_gates(pruner, data, steps)
         pruner.to(device)  # Lightning leaves it on the CPU
     pruner.select(data)
     return pruner.circuit()
@@ -178,15 +167,26 @@ def _gradients_kept(model: DecomposedModel) -> Iterator[None]:
             parameter.grad = gradient
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Run Lightning without its advice, and put the global random state back after."""
+def learn_gates(pruner: CircuitPruner, data: LightningDataModule, steps: int) -> None:
+    """So many keep steps on one device, without Lightning's advice and files; the global random state is put back."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logger.setLevel(logging.ERROR)
         try:
-            yield
+            Trainer(
+                max_steps=steps,
+                max_epochs=-1,
+                accelerator="auto" if pruner.model.delta_sites.is_cuda else "cpu",
+                devices=1,
+                logger=False,
+                log_every_n_steps=0,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                limit_val_batches=0,
+                use_distributed_sampler=False,
+            ).fit(pruner, datamodule=data)
         finally:
             logger.setLevel(level)

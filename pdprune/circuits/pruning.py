@@ -47,7 +47,7 @@ from pdprune.losses import LossFunction, loss_function, loss_name
 from pdprune.precision import Compute, LossScale, computing_in, require_compute, require_float32_parameters
 from pdprune.progress import telling
 from pdprune.ranks import Ranks, leave_out_of_ddp, require_whole_model, save_checkpoint_alone
-from pdprune.run_folder import RunFolder
+from pdprune.run_folder import CONFIG_FILE, RunFolder
 from pdprune.seeding import generator
 from pdprune.tracking import Results
 
@@ -552,7 +552,7 @@ class CircuitPruner(LightningModule):
         return found
 
     def _resolved_config(self) -> dict[str, Any] | None:
-        path = Path(self.trainer.default_root_dir) / "config.yaml"
+        path = Path(self.trainer.default_root_dir) / CONFIG_FILE
         return yaml.safe_load(path.read_text()) if path.is_file() else None
 
     def _keep(self) -> Float[Tensor, "*lead n"]:

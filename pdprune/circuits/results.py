@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 
 from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.findings import Audit
 from pdprune.circuits.node_table import COLUMNS, rows_of
-from pdprune.circuits.pictures import Line, Picture, circuit_picture, curve_picture
-from pdprune.tracking import Results, Table
+from pdprune.circuits.pictures import Line, circuit_picture, curve_picture
+from pdprune.loggers import read_metrics
+from pdprune.run_folder import METRICS_FILE
+from pdprune.tracking import Picture, Results, Table
 
 
 def circuit_results(folder: Path, scheme: str) -> Results:
@@ -28,7 +29,7 @@ def circuit_results(folder: Path, scheme: str) -> Results:
 
     def draw() -> dict[str, Picture]:
         return {
-            "circuit/curve": curve_picture(lines_while_learning(folder / "metrics.csv", scheme), audit),
+            "circuit/curve": curve_picture(lines_while_learning(folder / METRICS_FILE, scheme), audit),
             "circuit/nodes": circuit_picture(rows, circuit.n_nodes),
         }
 
@@ -53,12 +54,15 @@ def summary_of(audit: Audit) -> dict[str, float | bool | None]:
 
 def lines_while_learning(path: Path, scheme: str) -> Mapping[str, Line]:
     """The losses that were logged as the gates closed, by nodes then open; empty without a `metrics.csv`."""
-    if not path.is_file():
-        return {}
+    logged = read_metrics(path)
+    sizes = logged.get("kept", [])
     columns = {"complete": "complete", "stochastic": "stochastic", scheme: "loss"}
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
     return {
-        name: [(float(row["kept"]), float(row[column])) for row in rows if row.get(column)]
+        name: [
+            (size, loss)
+            for size, loss in zip(sizes, logged[column], strict=True)
+            if size is not None and loss is not None
+        ]
         for name, column in columns.items()
+        if column in logged
     }

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from pdprune.circuits.circuit import installed_versions
 from pdprune.errors import UserError
 from pdprune.files import read_json, write_atomically
+from pdprune.progress import telling
 
 SCHEMA = "pdprune.claims.cell/1"
 
@@ -85,15 +86,17 @@ def run_cells(
         the results of all cells, in their order.
     """
     results = []
-    for number, cell in enumerate(cells, start=1):
-        result = _saved(folder, cell)
-        if result is None:
-            start = time.process_time()
-            figures = run(**cell)
-            result = Result(cell, figures, round(time.process_time() - start, 1))
-            _save(folder, result)
-            tell(f"[{number}/{len(cells)}] {_title(cell)}: {result.cpu_seconds:.0f} CPU s")
-        results.append(result)
+    with telling("cells") as work:
+        for number, cell in enumerate(cells, start=1):
+            result = _saved(folder, cell)
+            if result is None:
+                work(f"{number} of {len(cells)}, {_title(cell)}", (number - 1) / len(cells))
+                start = time.process_time()
+                figures = run(**cell)
+                result = Result(cell, figures, round(time.process_time() - start, 1))
+                _save(folder, result)
+                tell(f"[{number}/{len(cells)}] {_title(cell)}: {result.cpu_seconds:.0f} CPU s")
+            results.append(result)
     return results
 
 

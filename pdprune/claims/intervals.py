@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+from pdprune.circuits.hypotheses import NORMAL
 from pdprune.seeding import generator
 
 RESAMPLES = 2000
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
-"""97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; above, the normal's 1.96 is close enough."""
+"""97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom."""
 
 
 class Interval(NamedTuple):
@@ -39,10 +40,13 @@ def over_seeds(values: Sequence[float]) -> Interval:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, mean, mean, len(values))
-    degrees = len(values) - 1
-    quantile = STUDENT[degrees - 1] if degrees <= len(STUDENT) else 1.96
-    half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    half = _student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half, len(values))
+
+
+def _student(degrees: int) -> float:
+    """The 97.5 % quantile; beyond the table by the first term of its expansion, which is right to 1 %."""
+    return STUDENT[degrees - 1] if degrees <= len(STUDENT) else NORMAL + (NORMAL**3 + NORMAL) / (4 * degrees)
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 
+from pdprune.circuits.circuit import jaccard
 from pdprune.circuits.schemes import SchemeName
 from pdprune.claims.experiment import Cell, Experiment, Figures, Result
 from pdprune.claims.intervals import bootstrap, markdown, over_seeds
@@ -159,11 +160,6 @@ def _by_chance(figures: Sequence[Figures]) -> float:
     """The Jaccard of two random circuits of the mean size: about `p / (2 - p)` for a share `p` of the nodes."""
     share = sum(len(one["kept"]) for one in figures) / len(figures) / figures[0]["n_nodes"]
     return share / (2 - share)
-
-
-def jaccard(one: set[int], two: set[int]) -> float:
-    """Nodes in both over nodes in either; 1 for two empty circuits."""
-    return len(one & two) / len(one | two) if one | two else 1.0
 
 
 EXPERIMENT = Experiment(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
 
 
 class Recovery(NamedTuple):
@@ -29,13 +30,12 @@ def recovery(found: Collection[int], truth: Collection[int]) -> Recovery:
 
 def auroc(scores: Float[Tensor, " n"], truth: Collection[int]) -> float | None:
     """The chance that a true node ranks above another one; ties count half. None where all or none are true."""
-    is_true = torch.zeros(len(scores), dtype=torch.bool)
-    is_true[list(truth)] = True
-    true, other = scores[is_true], scores[~is_true]
-    if not len(true) or not len(other):
+    if not 0 < len(set(truth)) < len(scores):
         return None
-    difference = true[:, None] - other[None]
-    return float((difference > 0).double().mean() + (difference == 0).double().mean() / 2)
+    is_true = torch.zeros(len(scores), dtype=torch.long)
+    is_true[list(truth)] = 1
+    places = scores.unique(return_inverse=True)[1] / len(scores)  # the same order, in [0, 1], where it is not squashed
+    return float(binary_auroc(places, is_true))
 
 
 def top(scores: Float[Tensor, " n"], size: int) -> set[int]:

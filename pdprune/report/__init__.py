@@ -7,11 +7,12 @@ from pathlib import Path
 
 from pdprune.files import write_atomically
 from pdprune.report.audited_run import AuditedRun
-from pdprune.report.comparison import REPORT_FILE, comparison_of
+from pdprune.report.comparison import comparison_of
 from pdprune.report.gather import gather
 from pdprune.report.page import comparison_page, report_page
+from pdprune.run_folder import REPORT_FILE
 
-__all__ = ["REPORT_FILE", "AuditedRun", "write_comparison", "write_report"]
+__all__ = ["AuditedRun", "write_comparison", "write_report"]
 
 Tell = Callable[[str], None]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import pydoc
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +16,11 @@ from pdprune.circuits.findings import Audit
 from pdprune.circuits.pruning import CircuitPruner
 from pdprune.decomposition import DecomposedModel
 from pdprune.errors import UserError
+from pdprune.loggers import read_metrics
 from pdprune.losses import NAMED, LossFunction
+from pdprune.run_folder import CONFIG_FILE, METRICS_FILE
 from pdprune.targets.reader import Tokenizer
 from pdprune.tasks.prompts import Example
-
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.csv"
 
 
 @dataclass(frozen=True)
@@ -114,12 +112,7 @@ class AuditedRun:
 
     def metrics(self) -> dict[str, list[float | None]]:
         """The columns of `metrics.csv`; empty without one."""
-        path = self.folder / METRICS_FILE
-        if not path.is_file():
-            return {}
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        return {name: [_number(row[name]) for row in rows] for name in (rows[0] if rows else {}) if name is not None}
+        return read_metrics(self.folder / METRICS_FILE)
 
     def config_text(self) -> str:
         """The resolved configuration; empty without one."""
@@ -135,10 +128,3 @@ def _loss(named: Any) -> str | LossFunction:
     if not callable(function):
         raise UserError(f"loss: got {named!r}; expected one of {', '.join(NAMED)}, or the import path of a function")
     return function
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return float(text) if text else None
-    except ValueError:  # a last line cut short by a kill
-        return None

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pdprune.errors import UserError
-from pdprune.report.audited_run import CONFIG_FILE, AuditedRun
+from pdprune.report.audited_run import AuditedRun
 from pdprune.report.curve import CURVE_EXAMPLES, curve_of, ranking
 from pdprune.report.figures import ComparedRun, Comparison, OverlapFigures, SiteRow
 from pdprune.report.verdict import SCHEMES, checks_of, loss_title, verdict_of
 from pdprune.report.worst_case import replay, spread_examples
-
-REPORT_FILE = "report.html"
+from pdprune.run_folder import CONFIG_FILE, REPORT_FILE
 
 Tell = Callable[[str], None]
 

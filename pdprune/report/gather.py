@@ -17,13 +17,14 @@ from pdprune.batches import Batch, to_device
 from pdprune.circuits.edges import Edges, edges_of
 from pdprune.errors import UserError
 from pdprune.report.activity import Peak, peaks_of
-from pdprune.report.audited_run import CONFIG_FILE, AuditedRun
+from pdprune.report.audited_run import AuditedRun
 from pdprune.report.curve import CURVE_EXAMPLES, curve_of, ranking
 from pdprune.report.examples import Texts, texts_of
 from pdprune.report.figures import Context, Figures, Graph, NodeFigures, Origin, Series, Site
 from pdprune.report.verdict import checks_note, checks_of, loss_title, verdict_of
 from pdprune.report.worst_case import Replay, adversary_of, n_ablated_by_site, replay, spread_examples, without_each
 from pdprune.report.writing import written_to_outputs
+from pdprune.run_folder import CONFIG_FILE
 
 EXAMPLES_SHOWN = 256
 """Held-out examples that contexts and sufferers are chosen from."""
@@ -90,6 +91,13 @@ def gather(run: AuditedRun, tell: Tell = lambda doing: None) -> Figures:
         vocabulary=texts.vocabulary,
         texts=texts.texts,
     )
+
+
+def strongest_edges(run: AuditedRun) -> tuple[list[tuple[int, int, float]], list[str]]:
+    """The edges that a run's report draws, by nodes of the model and strength; and what has to be said about them."""
+    whole = replay(run, _first_examples(run)[0])
+    shown, edges, notes = _traced(run, whole, _has_classes(run))
+    return [(shown[start], shown[end], strength) for start, end, strength in _strongest(edges)], notes
 
 
 def _has_classes(run: AuditedRun) -> bool:

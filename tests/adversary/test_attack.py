@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from circuits.networks import by_neuron, cancelling_sets, token_batch, token_model
+from circuits.networks import token_batch, token_model
 from circuits.small_networks import random_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +17,7 @@ from pdprune.adversary.attack import Ascent, Climber, Worst, attack, exact_attac
 from pdprune.adversary.game import Game, Scope, per_batch
 from pdprune.adversary.objective import MaskedLoss
 from pdprune.batches import as_batch
+from pdprune.claims.planted.handmade import by_neuron, cancelling_sets
 from pdprune.errors import UserError
 from pdprune.seeding import generator
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from circuits.networks import by_neuron, cancelling_sets
 from circuits.small_networks import random_network
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from pdprune.adversary.game import Game
 from pdprune.adversary.objective import MaskedLoss
 from pdprune.adversary.opponent import Opponent, TrainingAdversary
 from pdprune.batches import as_batch
+from pdprune.claims.planted.handmade import by_neuron, cancelling_sets
 from pdprune.errors import UserError
 from pdprune.seeding import generator
 

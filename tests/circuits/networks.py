@@ -1,4 +1,4 @@
-"""A language model in small, and the hand-made networks whose circuits are known."""
+"""A language model in small."""
 
 from __future__ import annotations
 
@@ -7,34 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdprune.claims.planted.handmade import (
-    Puzzle,
-    by_neuron,
-    bypassed_attention,
-    cancelling_sets,
-    embedded_pairs,
-    norm_gain,
-    pairs_across_sites,
-    redundant_routes,
-    small_contributions,
-)
 from pdprune.decomposition import DecomposedModel
 from pdprune.seeding import generator
-
-__all__ = [
-    "Puzzle",
-    "Tokens",
-    "by_neuron",
-    "bypassed_attention",
-    "cancelling_sets",
-    "embedded_pairs",
-    "norm_gain",
-    "pairs_across_sites",
-    "redundant_routes",
-    "small_contributions",
-    "token_batch",
-    "token_model",
-]
 
 
 class Tokens(nn.Module):

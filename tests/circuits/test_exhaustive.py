@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from circuits.networks import by_neuron, cancelling_sets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from pdprune.batches import as_batch
 from pdprune.circuits.exhaustive import can_be_exhaustive, select_exhaustively
 from pdprune.circuits.schemes import Draws
 from pdprune.circuits.selection import MARGIN
+from pdprune.claims.planted.handmade import by_neuron, cancelling_sets
 from pdprune.decomposition import DecomposedModel
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.seeding import generator

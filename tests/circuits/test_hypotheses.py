@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from circuits.networks import redundant_routes
 from circuits.small_networks import Known, cancelling_pairs, linear_model
 
 from pdprune.circuits.audit import audit
 from pdprune.circuits.findings import Audit, HypothesisTests
 from pdprune.circuits.hypotheses import HypothesisSettings, wilson
+from pdprune.claims.planted.handmade import redundant_routes
 from pdprune.errors import UserError
 
 ALL = HypothesisSettings(circuits=20, removals=True)

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from circuits.networks import (
+from circuits.small_networks import random_network
+
+from pdprune.adversary.objective import MaskedLoss
+from pdprune.batches import as_batch
+from pdprune.circuits.audit import audit
+from pdprune.circuits.circuit import Circuit
+from pdprune.circuits.prune import prune
+from pdprune.claims.planted.handmade import (
     Puzzle,
     bypassed_attention,
     cancelling_sets,
@@ -20,13 +27,6 @@ from circuits.networks import (
     redundant_routes,
     small_contributions,
 )
-from circuits.small_networks import random_network
-
-from pdprune.adversary.objective import MaskedLoss
-from pdprune.batches import as_batch
-from pdprune.circuits.audit import audit
-from pdprune.circuits.circuit import Circuit
-from pdprune.circuits.prune import prune
 
 STEPS = 80
 """Enough for the small networks here; the default is for larger ones."""

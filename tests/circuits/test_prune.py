@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from circuits.networks import by_neuron, cancelling_sets, token_batch, token_model
+from circuits.networks import token_batch, token_model
 from circuits.small_networks import random_network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,6 +23,7 @@ from pdprune.circuits.gates import Sparsity
 from pdprune.circuits.prune import prune
 from pdprune.circuits.pruning import Learning
 from pdprune.circuits.schemes import Draws
+from pdprune.claims.planted.handmade import by_neuron, cancelling_sets
 from pdprune.decomposition import DecomposedModel, decompose
 from pdprune.errors import NonFiniteLossError, UserError
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from circuits.networks import Puzzle, cancelling_sets, redundant_routes, token_batch, token_model
+from circuits.networks import token_batch, token_model
 from lightning import Callback, LightningDataModule, Trainer
 from torch import Tensor, nn
 
 from pdprune.adversary.attack import Ascent
 from pdprune.adversary.opponent import TrainingAdversary
 from pdprune.circuits.pruning import CircuitPruner, Learning
+from pdprune.claims.planted.handmade import Puzzle, cancelling_sets, redundant_routes
 from pdprune.decomposition import DecomposedModel
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.loaders import StepLoader

@@ -28,6 +28,8 @@ def test_auroc_counts_pairs_and_ties_half() -> None:
 def test_students_interval_of_five_seeds() -> None:
     found = over_seeds([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found.mean == 3 and found.high - found.mean == pytest.approx(2.776 * (2.5 / 5) ** 0.5)
+    many = over_seeds([float(value) for value in range(16)])
+    assert many.high - many.mean == pytest.approx(2.131 * (68 / 3 / 16) ** 0.5, rel=0.01)  # beyond the table
     assert over_seeds([0.25]) == (0.25, 0.25, 0.25, 1)
     assert over_seeds([0.25]).show() == "0.25" and over_seeds([1.0, 1.0]).show() == "1.00"
     assert found.show(1) == "3.0 [1.0, 5.0]"
