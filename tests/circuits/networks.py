@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pdprune.claims.planted.handmade import by_neuron
 from pdprune.decomposition import DecomposedModel
 from pdprune.seeding import generator
 
