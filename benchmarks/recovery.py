@@ -9,6 +9,10 @@ Each seed trains a target by `configs/targets/<toy>.yaml`, says whether it repre
 components by `configs/decompose/<toy>.yaml`; both are runs of the command line, in `runs/recovery`. Learning is not
 convex: with several starts it is done from as many random ones, and that of least loss counts, which asks for no
 known answer.
+
+A feature's component is the one that points most nearly its way, of those that are alive, that is, matter to some
+feature. The figures over all components stand beside: in few dimensions some dead component of length next to none may
+point as near by chance, and then it is the one whose length is told.
 """
 
 from __future__ import annotations
@@ -72,7 +76,8 @@ def rows(seed: int, start: str, target: Path, components: Path) -> list[str]:
         by_scheme[-1] += f"; {losses[f'adversarial_{longest}']:.2g}"
     lines = []
     for site, known in audit["known_answers"].items():
-        found = [number(known, "mean_max_cosine_similarity"), number(known, "mean_l2_ratio")]
+        alive = known.get("of_alive", known)
+        found = [number(of, name) for name in ("mean_max_cosine_similarity", "mean_l2_ratio") for of in (alive, known)]
         cells = [
             str(seed),
             complete,
@@ -99,8 +104,10 @@ HEAD = [
     "start",
     "loss",
     "site",
-    "mean max cosine similarity",
-    "mean L2 ratio",
+    "mean max cosine similarity, of alive",
+    "of all",
+    "mean L2 ratio, of alive",
+    "of all",
     "features with a component of their own",
     "MSE, complete",
     "stochastic",
