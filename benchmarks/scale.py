@@ -98,10 +98,8 @@ class Shape:
         forward, both = self.forward_flops(n_tokens), self.ascent_flops(sites, n_tokens)
         climbs = adversary.particles * adversary.steps
         match adversary.mode:
-            case "fresh":  # both corners, and where each particle ends
-                return forward + (2 + adversary.particles) * forward + climbs * both + both
-            case "persistent":  # the same, at the end
-                return forward + climbs * both + (2 + adversary.particles) * forward + both
+            case "fresh" | "persistent":  # the corner where all is ablated, and where each particle ends
+                return forward + (1 + adversary.particles) * forward + climbs * both + both
             case "free":
                 return forward + both
 

@@ -124,8 +124,9 @@ def _mask_losses(loss: MaskedLoss, scheme: SchemeName, *, per_example: bool) -> 
             delta_mask = torch.ones(model.n_sites, device=device)
             delta_mask[model.delta_sites] = 0.0
             delta_mask[sites] = torch.tensor(deltas, device=device)
-            masks = (_mask(number, model.n_nodes, device) for number in range(2**model.n_nodes))
-            values = torch.stack([loss.per_example(mask, delta_mask) for mask in masks]).double().cpu()
+            masks = torch.stack([_mask(number, model.n_nodes, device) for number in range(2**model.n_nodes)])
+            at_once = loss.at_once(exhaustive=True)
+            values = loss.per_example_of_each(masks, delta_mask.expand(len(masks), -1), at_once=at_once).double().cpu()
             if not bool(torch.isfinite(values).all()):
                 raise NonFiniteLossError("loss: it is NaN or infinite with nodes ablated; expected finite numbers")
             rows.append(values if per_example else values.mean(-1, keepdim=True))
