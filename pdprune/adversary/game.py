@@ -88,7 +88,7 @@ class Game:
 
     def loss_of_each(self, sources: Sequence[Float[Tensor, "*lead E"]]) -> Sequence[Float[Tensor, " G"]]:
         """Each group's loss under each of several sources, all run together; `at_once` says how many to give."""
-        return [self.loss(sources[0])] if len(sources) == 1 else self._stacked_loss(torch.stack([*sources]))
+        return [self.loss(sources[0])] if len(sources) == 1 else [*self._stacked_loss(torch.stack([*sources]))]
 
     def _stacked_loss(self, entries: Float[Tensor, "R E"]) -> Float[Tensor, "R one"]:
         deltas = self.delta_source(entries)
@@ -154,7 +154,8 @@ class Game:
         """The same for several sources, all run together."""
         if len(sources) == 1:
             return [self.loss_and_gradient(sources[0])]
-        return list(zip(*self._climbable(self._stacked_loss, torch.stack([*sources])), strict=True))
+        losses, gradients = self._climbable(self._stacked_loss, torch.stack([*sources]))
+        return list(zip(losses, gradients, strict=True))
 
     def _climbable(self, evaluate: Callable[[Tensor], Tensor], entries: Tensor) -> tuple[Tensor, Tensor]:
         leaf = entries.detach().requires_grad_()

@@ -231,8 +231,9 @@ class DecomposedModel(nn.Module):
         components: list[Tensor | None] = []
         for site, is_open in zip(self.sites.values(), open_components, strict=True):
             pays = not site.reads_columns and int(is_open.sum()) <= NARROW_BELOW * site.n_components
-            components.append(is_open.nonzero().squeeze(-1) if pays else None)
-            sites.append(site.narrowed(components[-1]) if components[-1] is not None else site)
+            left = is_open.nonzero().squeeze(-1) if pays else None
+            components.append(left)
+            sites.append(site if left is None else site.narrowed(left))
         return Narrowed(sites, components)
 
     def site_calls(self, inputs: Any) -> dict[str, list[Tensor]]:
