@@ -98,10 +98,8 @@ class Shape:
         forward, both = self.forward_flops(n_tokens), self.ascent_flops(sites, n_tokens)
         climbs = adversary.particles * adversary.steps
         match adversary.mode:
-            case "fresh":  # both corners, and where each particle ends
-                return forward + (2 + adversary.particles) * forward + climbs * both + both
-            case "persistent":  # the same, at the end
-                return forward + climbs * both + (2 + adversary.particles) * forward + both
+            case "fresh" | "persistent":  # the corner where all is ablated, and where each particle ends
+                return forward + (1 + adversary.particles) * forward + climbs * both + both
             case "free":
                 return forward + both
 
@@ -189,6 +187,7 @@ def check() -> dict[str, tuple[int, int]]:
         model = pdprune.decompose(target, sites=patterns, basis="neuron")
         game = Game([MaskedLoss(model, batch)], [torch.full((model.n_nodes,), 0.5)])
         found[f"nodes, {sites}"] = shape.nodes(sites), model.n_nodes
+        game.unablated_loss()  # runs the target, which is no part of an ascent step
         stored = [*target.parameters(), *(site.U for site in model.sites.values())]
         found[f"weights, {sites}"] = shape.weights_bytes(sites), sum(t.nbytes for t in stored)
         entries = torch.full(game.free.shape, 0.5)
@@ -199,7 +198,8 @@ def check() -> dict[str, tuple[int, int]]:
 
     def fresh_keep_step() -> None:
         game = Game([MaskedLoss(model, batch)], [torch.full((model.n_nodes,), 0.5)])
-        game.loss_and_gradient(attack(game, TrainingAdversary().ascent, generator(0)).entries)
+        # Steps too small to reach a corner, where a climb that stands still would end early.
+        game.loss_and_gradient(attack(game, TrainingAdversary(step_size=0.01).ascent, generator(0)).entries)
 
     wanted = shape.keep_step_flops("outputs", ids.numel(), TrainingAdversary())
     found["fresh keep step, outputs"] = wanted, _flops(fresh_keep_step)

@@ -33,10 +33,15 @@ class Scored(NamedTuple):
     """None where the output has no positions."""
     share: Float[Tensor, " M"]
     """One over the number of rows of the same example, so that summing `share · loss` gives the example's mean."""
+    everything: bool = False
+    """Whether every position of every example is scored, in order: then no row need be copied."""
 
     def rows(self, output: Float[Tensor, "B *T V"]) -> Float[Tensor, "M V"]:
         """The output at the scored positions, in float32 or better."""
-        picked = output[self.example] if self.position is None else output[self.example, self.position]
+        if self.everything:
+            picked = output.flatten(0, -2)
+        else:
+            picked = output[self.example] if self.position is None else output[self.example, self.position]
         return picked if picked.dtype == torch.float64 else picked.float()
 
     def mean_by_example(self, row_loss: Float[Tensor, " M"], size: int) -> Float[Tensor, " B"]:
@@ -70,7 +75,8 @@ def kl(output: Tensor, target_output: Tensor, batch: Batch) -> Float[Tensor, " B
     scored = scored_positions(output, batch)
     log_p = F.log_softmax(scored.rows(target_output), dim=-1)
     log_q = F.log_softmax(scored.rows(output), dim=-1)
-    return scored.mean_by_example(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1), batch.size)
+    # Written out, which several masks at once can run as a batch, as they cannot `F.kl_div`.
+    return scored.mean_by_example((log_p.exp() * (log_p - log_q)).sum(-1), batch.size)
 
 
 def ce(output: Tensor, target_output: Tensor, batch: Batch) -> Float[Tensor, " B"]:
@@ -115,7 +121,8 @@ def scored_positions(output: Tensor, batch: Batch) -> Scored:
         )
     if output.ndim == 2:
         example = torch.arange(output.shape[0], device=output.device)
-        return Scored(example, None, torch.ones(len(example), device=output.device))
+        return Scored(example, None, torch.ones(len(example), device=output.device), everything=True)
+    everything = positions is None and batch.attention_mask is None
     if positions is None:
         chosen = batch.attention_mask
         if chosen is None:
@@ -127,7 +134,7 @@ def scored_positions(output: Tensor, batch: Batch) -> Scored:
         _require_positions(positions, output.shape[1])
         used = positions != UNUSED
         example, position = used.nonzero(as_tuple=True)[0], positions[used]
-    return Scored(example, position, _share(example, output.shape[0]))
+    return Scored(example, position, _share(example, output.shape[0]), everything)
 
 
 def _require_positions(positions: Int[Tensor, "B P"], length: int) -> None:
@@ -167,7 +174,8 @@ def _labelled(output: Tensor, batch: Batch, what: str) -> tuple[Scored, Int[Tens
     kept = rows != IGNORED_LABEL
     example = scored.example[kept]
     position = None if scored.position is None else scored.position[kept]
-    return Scored(example, position, _share(example, batch.size)), rows[kept].long()
+    everything = scored.everything and bool(kept.all())
+    return Scored(example, position, _share(example, batch.size), everything), rows[kept].long()
 
 
 def _among_choices(scored: Scored, output: Tensor, batch: Batch) -> Float[Tensor, "M K"]:

@@ -14,10 +14,11 @@ What comes out is a lower bound on the worst case, and is called nothing else.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,6 +28,9 @@ from pdprune.adversary.game import Game
 from pdprune.errors import UserError
 from pdprune.progress import moved
 
+STALLED = 1e-3
+"""A restart has converged when its best loss rises by less than this share of it in `Ascent.patience` steps."""
+Item = TypeVar("Item")
 EXACT_LIMIT = 16
 """Exact search is refused above this many free entries: 2¹⁶ forward passes."""
 
@@ -42,6 +46,8 @@ class Ascent:
         optimizer: `sign` steps, `adam`, or `momentum`: sign steps with momentum whose size is halved when they stall.
         draws: random sources evaluated first, half uniform on [0,1], half fair coins.
         flips: forward passes that the discrete stage may spend for each of its starts; 0 leaves it out.
+        patience: a restart ends when its best loss has risen by less than a thousandth in so many steps. One that comes
+            back to where it was ends at once: it would go round in circles.
     """
 
     steps: int = 20
@@ -50,8 +56,11 @@ class Ascent:
     optimizer: Literal["sign", "adam", "momentum"] = "sign"
     draws: int = 16
     flips: int = 64
+    patience: int = 20
 
     def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise UserError(f"ascent: patience is {self.patience}; expected at least 1")
         if self.steps < 0 or self.restarts < 0 or self.draws < 0 or self.flips < 0:
             raise UserError("ascent: steps, restarts, draws and flips must be 0 or more")
         if not self.step_size > 0:
@@ -89,6 +98,13 @@ class Worst:
         with torch.no_grad():
             return self.meet(entries, self.game.loss(entries))
 
+    def play_each(self, entries: Sequence[Float[Tensor, "*lead E"]]) -> None:
+        """Play several, as many together as the game can."""
+        with torch.no_grad():
+            losses = self.game.loss_of_each(entries)
+        for played, loss in zip(entries, losses, strict=True):
+            self.meet(played, loss)
+
 
 def attack(
     game: Game,
@@ -115,7 +131,7 @@ def attack(
     """
     ones = game.corner(1.0)
     with torch.no_grad():
-        worst = Worst(game, ones, game.loss(ones))
+        worst = Worst(game, ones, game.unablated_loss())
     if not game.has_choices:
         return worst
     expected = len(pool) + 1 + _evaluations(ascent)
@@ -147,15 +163,29 @@ def exact_attack(game: Game) -> Worst:
         raise UserError(f"search 'exact': {len(free)} entries are free; expected at most {EXACT_LIMIT}: use 'gradient'")
     ones = game.corner(1.0)
     with torch.no_grad():
-        worst = Worst(game, ones, game.loss(ones))
+        worst = Worst(game, ones, game.unablated_loss())
+    for candidates in _chunks(_corners(game, free), game.at_once(exhaustive=True)):
+        worst.play_each(candidates)
+    return worst
+
+
+def _corners(game: Game, free: Tensor) -> Iterator[Float[Tensor, "*lead E"]]:
+    """All the corners of the box that are allowed."""
+    ones = game.corner(1.0)
     for number, corner in enumerate(itertools.product((0.0, 1.0), repeat=len(free))):
         moved(number / 2 ** len(free))
         entries = game.grouped(torch.ones_like(ones))
         entries[:, free] = torch.tensor(corner, device=ones.device, dtype=ones.dtype)
         candidate = entries.reshape(ones.shape).masked_fill(~game.free, 1)
         if game.max_ablated is None or _within_budget(game, candidate):
-            worst.play(candidate)
-    return worst
+            yield candidate
+
+
+def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of at most `size`, in order."""
+    remaining = iter(items)
+    while chunk := list(itertools.islice(remaining, size)):
+        yield chunk
 
 
 def _moves(worst: Worst, ascent: Ascent, rng: torch.Generator, pool: Sequence[Tensor]) -> Iterator[None]:
@@ -164,25 +194,18 @@ def _moves(worst: Worst, ascent: Ascent, rng: torch.Generator, pool: Sequence[Te
     for entries in (*pool, game.corner(0.0)):
         worst.play(game.project(entries))
         yield
-    for index in range(ascent.draws):
-        worst.play(game.draw(rng, coins=index % 2 == 1))
+    draws = (game.draw(rng, coins=index % 2 == 1) for index in range(ascent.draws))
+    for drawn in _chunks(draws, game.at_once()):
+        worst.play_each(drawn)
         yield
-    ends = []
-    for restart in range(ascent.restarts):
-        climber = Climber(game, _start(worst, restart, rng), ascent)
-        best = Worst(game, climber.entries, torch.full_like(worst.losses, -torch.inf))
-        for _ in range(ascent.steps):
-            losses = climber.step()
-            best.meet(climber.before, losses)
-            worst.meet(best.entries, best.losses)
-            yield
-        best.play(climber.entries)
-        worst.meet(best.entries, best.losses)
-        yield
-        ends.append(best)
+    starts = [_start(worst, restart, rng) for restart in range(ascent.restarts)]
+    climbers = [Climber(game, start, ascent) for start in starts]
+    for together in _chunks(climbers, game.at_once()):
+        yield from _climb(together, worst)
     if not ascent.flips:
         return
-    starts = [worst.entries, *(best.entries for best in sorted(ends, key=lambda best: -best.loss))]
+    ends = sorted((climber.best for climber in climbers), key=lambda best: -best.loss)
+    starts = [worst.entries, *(best.entries for best in ends)]
     if _is_small(game):
         # Climbs end in few basins. In small games flips alone lead from elsewhere into others, at little cost.
         coins = [game.draw(rng, coins=True) for _ in range(2 * ascent.restarts)]
@@ -192,6 +215,27 @@ def _moves(worst: Worst, ascent: Ascent, rng: torch.Generator, pool: Sequence[Te
     known: dict[bytes, Tensor] = {}
     for start in starts:
         yield from _discrete_stage(start, worst, ascent.flips, known)
+
+
+def _climb(climbers: Sequence[Climber], worst: Worst) -> Iterator[None]:
+    """Restarts that climb together, each until it has converged or its steps are used up; yields after every step."""
+    game = worst.game
+    climbing = list(climbers)
+    for _ in range(climbers[0].ascent.steps):
+        seen = game.loss_and_gradient_of_each([climber.entries for climber in climbing])
+        for climber, (losses, gradient) in zip(climbing, seen, strict=True):
+            climber.learn(losses, gradient)
+            worst.meet(climber.best.entries, climber.best.losses)
+        yield
+        climbing = [climber for climber in climbing if not game.everywhere(climber.converged)]
+        if not climbing:
+            return
+    with torch.no_grad():
+        ends = game.loss_of_each([climber.entries for climber in climbing])
+    for climber, end in zip(climbing, ends, strict=True):
+        climber.best.meet(climber.entries, end)
+        worst.meet(climber.best.entries, climber.best.losses)
+    yield
 
 
 def _start(worst: Worst, restart: int, rng: torch.Generator) -> Tensor:
@@ -215,23 +259,42 @@ class Climber:
     ascent: Ascent
     moments: Float[Tensor, "two *lead E"] | None = None
     taken: int = 0
-    before: Tensor = field(init=False)
+    best: Worst = field(init=False)
     size: float = field(init=False)
     recent: list[float] = field(default_factory=list)
+    bests: list[float] = field(default_factory=list)
+    visited: set[bytes] = field(default_factory=set)
+    converged: bool = False
 
     def __post_init__(self) -> None:
-        self.before = self.entries
+        unmet = torch.full((self.game.n_groups,), -torch.inf, device=self.entries.device)
+        self.best = Worst(self.game, self.entries, unmet)
         self.size = self.ascent.step_size
         if self.moments is None:
             self.moments = torch.zeros(2, *self.entries.shape, device=self.entries.device)
 
-    def step(self) -> Float[Tensor, " G"]:
-        """Climb once; returns the loss at the point climbed from, which `before` then holds."""
-        losses, gradient = self.game.loss_and_gradient(self.entries)
-        self.before = self.entries
+    def step(self) -> None:
+        """Climb once."""
+        self.learn(*self.game.loss_and_gradient(self.entries))
+
+    def learn(self, losses: Float[Tensor, " G"], gradient: Float[Tensor, "*lead E"]) -> None:
+        """Take a step with what was seen where the particle is."""
+        self.best.meet(self.entries, losses)
+        self.visited.add(_key(self.entries))
         self.climb(gradient)
         self._halve_when_stalled(float(losses.mean()))
-        return losses
+        self.bests.append(self.best.loss)
+        self.converged = self._has_stalled() or self._is_back()
+
+    def _has_stalled(self) -> bool:
+        if len(self.bests) <= self.ascent.patience:
+            return False
+        before = self.bests[-1 - self.ascent.patience]
+        return self.bests[-1] <= before + STALLED * abs(before)
+
+    def _is_back(self) -> bool:
+        """Whether it has come back to where it was: sign steps, which remember nothing, then repeat themselves."""
+        return self.ascent.optimizer == "sign" and _key(self.entries) in self.visited
 
     def climb(self, gradient: Float[Tensor, "*lead E"]) -> None:
         """Take one step along a gradient that is already known."""
@@ -283,11 +346,12 @@ def _discrete_stage(start: Tensor, worst: Worst, flips: int, known: dict[bytes, 
         _, gradient = game.loss_and_gradient(current.entries)
         left -= 3  # a backward pass costs about two forward ones
         base, improved = current.entries, False
-        for together in _blocks(game, gradient, base):
-            candidate = _flipped(game, base, together)
-            improved |= bool(current.meet(candidate, _loss_once(game, candidate, known)).any())
+        blocks = (_flipped(game, base, together) for together in _blocks(game, gradient, base))
+        for candidates in _chunks(blocks, game.at_once()):
+            for candidate, losses in zip(candidates, _losses_once(game, candidates, known), strict=True):
+                improved |= bool(current.meet(candidate, losses).any())
             worst.meet(current.entries, current.losses)
-            left -= 1
+            left -= len(candidates)
             yield
         for few in () if improved else _singles_and_pairs(game, gradient, base):
             if left <= 0:
@@ -302,15 +366,21 @@ def _discrete_stage(start: Tensor, worst: Worst, flips: int, known: dict[bytes, 
 
 
 def _loss_once(game: Game, entries: Tensor, known: dict[bytes, Tensor]) -> Float[Tensor, " G"]:
-    key = _key(entries)
-    if key not in known:
+    return _losses_once(game, [entries], known)[0]
+
+
+def _losses_once(game: Game, entries: Sequence[Tensor], known: dict[bytes, Tensor]) -> list[Float[Tensor, " G"]]:
+    keys = [_key(one) for one in entries]
+    new = {key: one for key, one in zip(keys, entries, strict=True) if key not in known}
+    if new:
         with torch.no_grad():
-            known[key] = game.loss(entries)
-    return known[key]
+            losses = game.loss_of_each(list(new.values()))
+        known.update(zip(new, losses, strict=True))
+    return [known[key] for key in keys]
 
 
 def _key(entries: Tensor) -> bytes:
-    return bytes(entries.cpu().numpy().tobytes())
+    return hashlib.blake2b(entries.cpu().numpy().tobytes(), digest_size=16).digest()
 
 
 def _is_small(game: Game) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pdprune.adversary.objective import MaskedLoss
+from pdprune.decomposition.model import Narrowed
 from pdprune.errors import NonFiniteLossError, UserError
 
 Scope = Literal["batch", "universal", "position", "example", "example_position"]
@@ -77,17 +79,63 @@ class Game:
 
     def loss(self, entries: Float[Tensor, "*lead E"]) -> Float[Tensor, " G"]:
         """Each group's loss when the adversary plays `entries`."""
+        masks = (gates + (1 - gates) * self.source(entries) for gates in self.gates)
+        deltas = self.delta_source(entries)
+        return self._by_group(
+            loss.per_example(mask, deltas, narrowed=self._narrowed)
+            for loss, mask in zip(self.losses, masks, strict=True)
+        )
+
+    def loss_of_each(self, sources: Sequence[Float[Tensor, "*lead E"]]) -> Sequence[Float[Tensor, " G"]]:
+        """Each group's loss under each of several sources, all run together; `at_once` says how many to give."""
+        return [self.loss(sources[0])] if len(sources) == 1 else [*self._stacked_loss(torch.stack([*sources]))]
+
+    def _stacked_loss(self, entries: Float[Tensor, "R E"]) -> Float[Tensor, "R one"]:
+        deltas = self.delta_source(entries)
+        total = sum(loss.whole_size for loss in self.losses)
+        mean = entries.new_zeros(len(entries))
+        for loss, gates in zip(self.losses, self.gates, strict=True):
+            masks = gates + (1 - gates) * self.source(entries)
+            per_example = loss.per_example_of_each(masks, deltas, self._narrowed, at_once=len(masks))
+            mean = mean + self.ranks.mean(per_example.mean(-1), loss.size) * (loss.whole_size / total)
+        self._require_finite(mean)
+        return mean[:, None]
+
+    def unablated_loss(self) -> Float[Tensor, " G"]:
+        """Each group's loss when the adversary leaves everything alone, `loss(corner(1.0))`, without a run for it."""
+        return self._by_group(loss.unablated() for loss in self.losses)
+
+    def _by_group(self, by_example: Iterable[Float[Tensor, " B"]]) -> Float[Tensor, " G"]:
+        """From the losses of examples, batch by batch, to those of groups."""
         total = sum(loss.whole_size for loss in self.losses)
         groups = []
-        for loss, gates in zip(self.losses, self.gates, strict=True):
-            mask = gates + (1 - gates) * self.source(entries)
-            per_example = loss.per_example(mask, self.delta_source(entries))
+        for loss, per_example in zip(self.losses, by_example, strict=True):
             share = loss.whole_size / total
             groups.append(per_example if self.separable else loss.mean(per_example).reshape(1) * share)
-            # NaN compares false with everything: unnoticed, it would look like a source that does not hurt.
-            if self._anywhere(~torch.isfinite(groups[-1].detach()).all()):
-                raise NonFiniteLossError("loss: it is NaN or infinite with nodes ablated; expected finite numbers")
+            self._require_finite(groups[-1])
         return groups[0] if len(groups) == 1 else torch.stack(groups).sum(0)
+
+    def _require_finite(self, losses: Tensor) -> None:
+        """NaN compares false with everything: unnoticed, it would look like a source that does not hurt."""
+        if self._anywhere(~torch.isfinite(losses.detach()).all()):
+            raise NonFiniteLossError("loss: it is NaN or infinite with nodes ablated; expected finite numbers")
+
+    def everywhere(self, flag: bool) -> bool:
+        """Whether something is so on all ranks, where each has groups of its own."""
+        return not self._anywhere(torch.tensor(not flag, device=self.free.device))
+
+    def at_once(self, *, exhaustive: bool = False) -> int:
+        """How many sources should be played together; only in exhaustive search on a CPU is that more than one."""
+        if self.lead or any(gates.ndim > 1 for gates in self.gates):
+            return 1
+        return min(loss.at_once(exhaustive=exhaustive) for loss in self.losses)
+
+    @cached_property
+    def _narrowed(self) -> Narrowed | None:
+        """The sites without what is kept, while gates stand still: they would be multiplied by 0 at every step."""
+        if self.lead or any(gates.ndim > 1 or gates.requires_grad for gates in self.gates):
+            return None
+        return self.losses[0].model.narrowed_to(self.source(self.free))
 
     def mean_loss(self, entries: Float[Tensor, "*lead E"]) -> Float[Tensor, ""]:
         """The loss of the whole batch when the adversary plays `entries`."""
@@ -98,9 +146,21 @@ class Game:
         self, entries: Float[Tensor, "*lead E"]
     ) -> tuple[Float[Tensor, " G"], Float[Tensor, "*lead E"]]:
         """The loss, and how it changes with every entry; groups do not touch one another."""
+        return self._climbable(self.loss, entries)
+
+    def loss_and_gradient_of_each(
+        self, sources: Sequence[Float[Tensor, "*lead E"]]
+    ) -> list[tuple[Float[Tensor, " G"], Float[Tensor, "*lead E"]]]:
+        """The same for several sources, all run together."""
+        if len(sources) == 1:
+            return [self.loss_and_gradient(sources[0])]
+        losses, gradients = self._climbable(self._stacked_loss, torch.stack([*sources]))
+        return list(zip(losses, gradients, strict=True))
+
+    def _climbable(self, evaluate: Callable[[Tensor], Tensor], entries: Tensor) -> tuple[Tensor, Tensor]:
         leaf = entries.detach().requires_grad_()
         with torch.enable_grad():
-            loss = self.loss(leaf)
+            loss = evaluate(leaf)
             scaled = self.losses[0].scale.scaled(loss.sum())
             (gradient,) = torch.autograd.grad(scaled, leaf, allow_unused=True, materialize_grads=True)
         return loss.detach(), self.gradient(gradient).masked_fill(~self.free, 0)

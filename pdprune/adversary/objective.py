@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pdprune.adversary.together import for_each, how_many_at_once
 from pdprune.batches import Batch, as_batch, first_tensor, output_of, to_device
 from pdprune.decomposition import DecomposedModel, mean_reference, resample_reference
-from pdprune.decomposition.model import Observed
+from pdprune.decomposition.model import Narrowed, Observed
 from pdprune.errors import NonFiniteLossError, UserError
-from pdprune.losses import LossFunction, loss_function
+from pdprune.losses import LossFunction, ce, loss_function
 from pdprune.precision import UNSCALED, LossScale
 from pdprune.ranks import ALONE, Ranks
 from pdprune.seeding import generator
@@ -70,7 +72,8 @@ class Reference:
 class MaskedLoss:
     """The loss of one batch under masks, against the unablated target on that batch.
 
-    The target runs once, here, unless it was already observed on these inputs; each call runs the masked model.
+    The target runs once, when its outputs are first asked for, unless it was already observed on these inputs; each
+    call runs the masked model.
 
     Args:
         model: the target and its components.
@@ -99,11 +102,16 @@ class MaskedLoss:
         self.scale = scale
         self._loss: Callable[[Tensor, Tensor, Batch], Tensor] = loss_function(loss)
         self._observed = observed
+
+    @cached_property
+    def target_output(self) -> Tensor:
+        """What the unablated target answers."""
         with torch.no_grad():
-            output = model(self.batch.inputs) if observed is None else observed.output
-            self.target_output = output_of(output).detach()
-        if not bool(torch.isfinite(self.target_output).all()):
+            output = self.model(self.batch.inputs) if self._observed is None else self._observed.output
+            found = output_of(output).detach()
+        if not bool(torch.isfinite(found).all()):
             raise NonFiniteLossError("target: its output on a batch is NaN or infinite; expected finite numbers")
+        return found
 
     @property
     def size(self) -> int:
@@ -114,7 +122,7 @@ class MaskedLoss:
         """The number of examples on all ranks together."""
         if self.ranks.count == 1:
             return self.size
-        return int(self.ranks.sum(torch.tensor(self.size, device=self.target_output.device)))
+        return int(self.ranks.sum(torch.tensor(self.size, device=self.model.delta_sites.device)))
 
     @cached_property
     def leading_shape(self) -> tuple[int, ...]:
@@ -127,20 +135,53 @@ class MaskedLoss:
         mask: Float[Tensor, "*lead n"] | None,
         delta_mask: Float[Tensor, "*lead s"] | None = None,
         sites: Collection[str] | None = None,
+        narrowed: Narrowed | None = None,
     ) -> Tensor:
-        return output_of(self.model(self.batch.inputs, mask, delta_mask, self.reference, sites))
+        return output_of(self.model(self.batch.inputs, mask, delta_mask, self.reference, sites, narrowed))
 
     def per_example(
         self,
         mask: Float[Tensor, "*lead n"] | None,
         delta_mask: Float[Tensor, "*lead s"] | None = None,
         sites: Collection[str] | None = None,
+        narrowed: Narrowed | None = None,
     ) -> Float[Tensor, " B"]:
         """Each example's loss under a mask: `[n]`, or any shape that broadcasts (method.md, section 4).
 
-        With `sites` only those are masked.
+        With `sites` only those are masked; `narrowed` as in `DecomposedModel.forward`.
         """
-        return self._loss(self.output(mask, delta_mask, sites), self.target_output, self.batch)
+        return self._of(self.output(mask, delta_mask, sites, narrowed))
+
+    def per_example_of_each(
+        self,
+        masks: Float[Tensor, "R n"],
+        delta_masks: Float[Tensor, "R s"],
+        narrowed: Narrowed | None = None,
+        *,
+        at_once: int,
+    ) -> Float[Tensor, "R B"]:
+        """Each example's loss under each of several shared masks, so many of them run together."""
+        if at_once > 1:
+            self.unablated()  # the target's own run is no part of the batched one
+
+        def one(mask: Tensor, delta_mask: Tensor) -> Tensor:
+            return self.per_example(mask, delta_mask, narrowed=narrowed)
+
+        return for_each(one, (masks, delta_masks), at_once, self.model)
+
+    def at_once(self, *, exhaustive: bool = False) -> int:
+        """How many shared masks of this batch should run together (`together.py`)."""
+        tokens = math.prod(self.target_output.shape[:-1])
+        return how_many_at_once(self.model, tokens, exhaustive=exhaustive)
+
+    def unablated(self) -> Float[Tensor, " B"]:
+        """Each example's loss with nothing ablated: under a mask of ones the outputs are the target's, bit by bit."""
+        return self._of(self.target_output)
+
+    def _of(self, output: Tensor) -> Float[Tensor, " B"]:
+        # Cross-entropy looks at labels alone: the target need not run for it.
+        beside = output if self._loss is ce else self.target_output
+        return self._loss(output, beside, self.batch)
 
     def mean(self, per_example: Float[Tensor, " B"]) -> Float[Tensor, ""]:
         """The mean over the examples of the whole batch, on all ranks."""

@@ -110,8 +110,9 @@ class Opponent(nn.Module):
             self._carry(game, particle, climber)
             candidates.append(climber.entries)
         with torch.no_grad():
-            losses = torch.stack([game.loss(entries).mean() for entries in candidates])
-        return candidates[int(losses.argmax())]
+            ablated, _, *climbed = candidates
+            losses = [game.loss(ablated), game.unablated_loss(), *map(game.loss, climbed)]
+        return candidates[int(torch.stack([loss.mean() for loss in losses]).argmax())]
 
     def _climber(self, game: Game, particle: int, taken: int) -> Climber:
         moments = self.moments[particle].clone()

@@ -47,7 +47,7 @@ def coordinate_ascent(game: Game) -> Worst:
     ones = game.corner(1.0)
     entries = game.grouped(game.free).any(0).nonzero().squeeze(-1)
     with torch.no_grad():
-        worst = Worst(game, ones, game.loss(ones))
+        worst = Worst(game, ones, game.unablated_loss())
         if len(entries) == 0:
             return worst
         alone = torch.stack([game.loss(_flip(game, ones, entry.expand(game.n_groups))) for entry in entries])

@@ -141,7 +141,7 @@ def audit(
     course = _Course(progress, cost + (cost_of(hypotheses, FLOOR, games) if hypotheses else 0))
 
     with course.check("model, complete ablation, complement", 3 * len(games)):
-        unablated = eye.read(games, [game.corner(1.0) for game in games])
+        unablated = eye.read_unablated(games)
         complete = eye.read(games, [torch.zeros_like(game.corner(0.0)) for game in games])
         complement = eye.read_complement(games)
     with course.check(f"{draws} random sources", draws * len(games)):
@@ -331,13 +331,23 @@ class _Eye:
         """With the circuit ablated and the rest kept, deltas too."""
         return _Readings([self._read_game(game, [1 - gates for gates in game.gates], None) for game in games])
 
+    def read_unablated(self, games: Sequence[Game]) -> _Readings:
+        """With nothing ablated: what the target answers."""
+        return _Readings(
+            [_joined([self._read_output(masked, masked.target_output) for masked in game.losses]) for game in games]
+        )
+
     def _read_game(self, game: Game, masks: Sequence[Tensor], deltas: Tensor | None) -> _Reading:
         batches = [self._read_batch(masked, mask, deltas) for masked, mask in zip(game.losses, masks, strict=True)]
         return _joined(batches)
 
     def _read_batch(self, masked: MaskedLoss, mask: Tensor, deltas: Tensor | None) -> _Reading:
         with torch.no_grad():
-            output, target_output, batch = masked.output(mask, deltas), masked.target_output, masked.batch
+            return self._read_output(masked, masked.output(mask, deltas))
+
+    def _read_output(self, masked: MaskedLoss, output: Tensor) -> _Reading:
+        with torch.no_grad():
+            target_output, batch = masked.target_output, masked.batch
             loss = self.loss(output, target_output, batch)
             if not bool(torch.isfinite(loss).all()):
                 raise NonFiniteLossError("loss: it is NaN or infinite with nodes ablated; expected finite numbers")
@@ -539,7 +549,7 @@ def _discrete_loss(games: Sequence[Game], worst: Sequence[Worst]) -> float:
     rounded = []
     for game, found in zip(games, worst, strict=True):
         best = _unmet(game)
-        best.play(game.corner(1.0))
+        best.meet(game.corner(1.0), game.unablated_loss())
         best.play(_rounded(game, found.entries))
         if game.max_ablated is None:
             best.play(game.corner(0.0))

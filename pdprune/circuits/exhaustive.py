@@ -23,6 +23,8 @@ from pdprune.progress import moved, part
 
 AUTO_LIMIT = 12
 """`search="auto"` is exact up to this many nodes."""
+MASKS_A_PART = 512
+"""How many masks are scored between two words on how far it has come."""
 
 
 def can_be_exhaustive(losses: Sequence[MaskedLoss], scheme: SchemeName, scope: Scope, draws: Draws) -> bool:
@@ -128,11 +130,13 @@ def _mask_losses(loss: MaskedLoss, scheme: SchemeName, *, per_example: bool) -> 
             delta_mask = torch.ones(model.n_sites, device=device)
             delta_mask[model.delta_sites] = 0.0
             delta_mask[sites] = torch.tensor(deltas, device=device)
-            by_mask = []
-            for number in range(2**model.n_nodes):
-                moved((pattern + number / 2**model.n_nodes) / 2 ** len(sites))
-                by_mask.append(loss.per_example(_mask(number, model.n_nodes, device), delta_mask))
-            values = torch.stack(by_mask).double().cpu()
+            masks = torch.stack([_mask(number, model.n_nodes, device) for number in range(2**model.n_nodes)])
+            by_part = []
+            for number, some in enumerate(masks.split(MASKS_A_PART)):
+                moved((pattern + number * MASKS_A_PART / len(masks)) / 2 ** len(sites))
+                same = delta_mask.expand(len(some), -1)
+                by_part.append(loss.per_example_of_each(some, same, at_once=loss.at_once(exhaustive=True)))
+            values = torch.cat(by_part).double().cpu()
             if not bool(torch.isfinite(values).all()):
                 raise NonFiniteLossError("loss: it is NaN or infinite with nodes ablated; expected finite numbers")
             rows.append(values if per_example else values.mean(-1, keepdim=True))

@@ -152,7 +152,7 @@ class AdversarialScorer:
         """The loss of each game with nothing ablated, whatever the circuit: what its worst case is at least."""
         if not self._unablated:
             with torch.no_grad():
-                self._unablated = [float(game.loss(game.corner(1.0)).mean()) for game in games]
+                self._unablated = [float(game.unablated_loss().mean()) for game in games]
         return self._unablated
 
     def _games(self, keep: Tensor) -> list[Game]:

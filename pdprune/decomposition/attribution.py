@@ -51,7 +51,7 @@ def attributions(loss: MaskedLoss, directions: int, rng: torch.Generator) -> Flo
     `∂f_o/∂m_c = (x·V[:, c]) (U[c]·∂f_o/∂y)` is the gradient on the site's weight along the component. Random
     combinations of outputs have independent signs, so that the expected square is the sum of squares.
     """
-    mask = torch.ones(*loss.leading_shape, loss.model.n_nodes, device=loss.target_output.device, requires_grad=True)
+    mask = torch.ones(*loss.leading_shape, loss.model.n_nodes, device=loss.model.delta_sites.device, requires_grad=True)
     with torch.enable_grad():
         output = loss.output(mask)
     outputs = output.shape[1:]  # of one example

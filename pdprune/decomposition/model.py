@@ -25,12 +25,24 @@ if TYPE_CHECKING:
     from pdprune.decomposition.importances import CausalImportances
 
 
+NARROW_BELOW = 0.75
+"""Components are left out of products where no more than this share of a site's can be taken away."""
+
+
 class Observed(NamedTuple):
     """One unablated run of a target."""
 
     output: Any
     site_inputs: dict[str, Tensor]
     """What each site read: `[*lead, I]`, or ids `[*lead]` at an embedding."""
+
+
+class Narrowed(NamedTuple):
+    """A model's sites with only those components that a series of masks may take away: the others cost no products."""
+
+    sites: list[Site]
+    components: list[Int[Tensor, " open"] | None]
+    """Which components each of the sites has left; None where they are all there."""
 
 
 class DecomposedModel(nn.Module):
@@ -50,6 +62,7 @@ class DecomposedModel(nn.Module):
         recipe: how the components follow from the weights, where they do ("svd"); None if they were given. Last bits
             of a singular value decomposition differ between machines and numbers of threads, so the fingerprint is
             then that of the recipe and the weights.
+        can_batch: whether several masks can run as one batch, as far as is known (see `adversary/together.py`).
         importances: functions that say how much each component matters on an input, where they were learned.
     """
 
@@ -63,6 +76,7 @@ class DecomposedModel(nn.Module):
         self.target_name = type(target).__name__
         self.recipe: str | None = None
         self.importances: CausalImportances | None = None
+        self.can_batch = True
         self.site_list = nn.ModuleList(sites)
         self.sites = {site.name: site for site in sites}
         self.site_names = list(self.sites)
@@ -154,6 +168,7 @@ class DecomposedModel(nn.Module):
         delta_mask: Tensor | None = None,
         reference: Mapping[str, Tensor] | None = None,
         sites: Collection[str] | None = None,
+        narrowed: Narrowed | None = None,
     ) -> Any:
         """The target's own output, whatever its type, under masks. Gradients flow to `mask` and `delta_mask`.
 
@@ -168,6 +183,7 @@ class DecomposedModel(nn.Module):
                 `[I]`: one for all tokens; `[T, I]`: one per position; `[B, T, I]`: one per token. At an embedding
                 frequencies of the ids, `[vocab]` or `[T, vocab]`, or ids `[B, T]`.
             sites: only these are masked, whatever the masks say of the others; None is all of them.
+            narrowed: from `narrowed_to`, for a shared mask that is 1 at all other nodes: saves their products.
 
         Raises:
             UserError: a mask or reference that does not fit the nodes or some site's input.
@@ -185,6 +201,8 @@ class DecomposedModel(nn.Module):
             raise UserError(f"reference {fault} site {name!r}: expected one entry a site")
         shared = _is_shared(mask) and _is_shared(delta_mask)
         site_masks = self._site_masks(mask, delta_mask, reference, shared)
+        if narrowed is not None and shared:
+            site_masks = _narrow(site_masks, narrowed)
         if sites is not None:
             site_masks = [at for at in site_masks if at.site.name in sites]
         parameters = self._frozen_parameters()
@@ -202,6 +220,21 @@ class DecomposedModel(nn.Module):
                     return self._call(parameters, args, kwargs)
             with masked_per_token(site_masks):
                 return self._call(parameters, args, kwargs)
+
+    def narrowed_to(self, nodes: Bool[Tensor, " n"]) -> Narrowed:
+        """What `forward` needs for masks that are 1 but for these nodes; made once, it serves any number of passes.
+
+        Components are copied, so sites stay whole where that would save little, or where reading costs no product.
+        """
+        open_components = nodes.to(self._node_index.device)[self._node_index].split(self._split_sizes)
+        sites: list[Site] = []
+        components: list[Tensor | None] = []
+        for site, is_open in zip(self.sites.values(), open_components, strict=True):
+            pays = not site.reads_columns and int(is_open.sum()) <= NARROW_BELOW * site.n_components
+            left = is_open.nonzero().squeeze(-1) if pays else None
+            components.append(left)
+            sites.append(site if left is None else site.narrowed(left))
+        return Narrowed(sites, components)
 
     def site_calls(self, inputs: Any) -> dict[str, list[Tensor]]:
         """What each site reads on an unablated run, one tensor a call: `[*lead, I]`, or ids `[*lead]` at an embedding.
@@ -311,6 +344,20 @@ class DecomposedModel(nn.Module):
                 module.training = True
             for module, name, value in options:
                 setattr(module, name, value)
+
+
+def _narrow(site_masks: Sequence[SiteMask], narrowed: Narrowed) -> list[SiteMask]:
+    """The same masks on the sites that have only some of their components left."""
+    left = {
+        site.name: (site, at) for site, at in zip(narrowed.sites, narrowed.components, strict=True) if at is not None
+    }
+    found = []
+    for site_mask in site_masks:
+        if site_mask.k is not None and site_mask.site.name in left:
+            site, components = left[site_mask.site.name]
+            site_mask = site_mask._replace(site=site, k=site_mask.k.index_select(-1, components))
+        found.append(site_mask)
+    return found
 
 
 def fingerprint(target: nn.Module) -> str:

@@ -151,6 +151,11 @@ class Site(nn.Module):
     def d_out(self) -> int:
         return self.U.shape[1]
 
+    def narrowed(self, components: Int[Tensor, " open"]) -> Site:
+        """The site with some of its components, as if the others were left alone for good; the delta stays."""
+        V = None if self._V is None else self._V[:, components]
+        return Site(self.name, self.kind, V, self.U[components], self._delta, self.node_index[components])
+
     def weight_change(self, k: Float[Tensor, " C"] | None, k_delta: Float[Tensor, ""] | None) -> Tensor | None:
         """`W(m) - W` for one mask shared by all tokens, laid out as the target's parameter; None if nothing changes."""
         change = None

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from pdprune.decomposition import DecomposedModel, decompose, mean_reference, resample_reference
+from pdprune.seeding import generator
 
 B, T = 3, 4
 REFERENCES = ("zero", "mean", "mean per position", "resample")
@@ -301,3 +302,19 @@ def test_one_run_gives_the_output_and_what_the_sites_read() -> None:
     assert len(runs) == 1
     assert torch.equal(observed.output, target(x))
     assert torch.equal(observed.site_inputs["2"], torch.relu(target[0](x)))
+
+
+@pytest.mark.parametrize("n_open", [0, 2, 9])
+def test_leaving_out_what_is_kept_changes_nothing(n_open: int) -> None:
+    model, inputs = decompose(small_lm(0), sites=["*"], basis="svd"), torch.arange(B * T).reshape(B, T) % VOCAB
+    rng = generator(0)
+    is_open = torch.zeros(model.n_nodes, dtype=torch.bool)
+    is_open[torch.randperm(model.n_nodes, generator=rng)[:n_open]] = True
+    mask = torch.where(is_open, torch.rand(model.n_nodes, generator=rng), 1.0).requires_grad_()
+    narrowed = model.narrowed_to(is_open)
+    assert sum(site.n_components for site in narrowed.sites) < model.n_nodes
+    whole, part = model(inputs, mask), model(inputs, mask, narrowed=narrowed)
+    assert torch.allclose(whole, part, rtol=1e-6, atol=1e-7)
+    gradients = [torch.autograd.grad(output.square().sum(), mask)[0] for output in (whole, part)]
+    assert torch.allclose(gradients[0][is_open], gradients[1][is_open], rtol=1e-5, atol=1e-6)
+    assert bool((gradients[1][~is_open] == 0).all())
