@@ -2,7 +2,7 @@
 
     python benchmarks/step_cost.py                                            # the grid of docs/speed.md
     python benchmarks/step_cost.py --tokens 8192 --components larger          # the row that goals are set for
-    python benchmarks/step_cost.py --tokens 2048 --components larger --audit  # and what a whole audit costs
+    python benchmarks/step_cost.py --tokens 8192 --components larger --audit 0  # and what a whole audit costs
 
 All pieces of a row are measured in one process, one after another and round after round; a figure is the median over
 rounds of a piece's time over that of the training step of the same round. On CPU with one thread, and CPU time, so that
@@ -17,7 +17,7 @@ site, a number is so many times its smaller one. Pieces:
     free+      the same with the target's outputs
     ascent     a fresh ascent of K steps, what it is scored against included
     per token  the free step's loss and gradient by the per-token route
-    audit      8 restarts of 40 steps, over 8: the whole audit but for random circuits, half of the nodes kept
+    audit      8 restarts of 40 steps, over 8: the whole audit, half of the nodes kept
 
 Memory is what is there all the time (weights, components) and the most that a piece allocates besides.
 """
@@ -243,19 +243,17 @@ def measured(case: Case, rounds: int, device: str) -> dict[str, Any]:
     }
 
 
-def audited(case: Case, device: str) -> dict[str, float]:
+def audited(case: Case, device: str, random_circuits: list[int]) -> dict[str, float]:
     """Training steps that a restart of an audit costs, all else that the audit does included."""
     train = training_step(case)
     keep = torch.rand(case.model.n_nodes, generator=generator(0, "keep")) < 0.5
     train()
     before = [seconds(train, device) for _ in range(5)]
 
-    def run(random_circuits: int) -> Piece:
-        return lambda: pdprune.audit(
-            case.model, keep, [case.batch], steps=STEPS, restarts=RESTARTS, random_circuits=random_circuits
-        )
+    def run(n: int) -> Piece:
+        return lambda: pdprune.audit(case.model, keep, [case.batch], steps=STEPS, restarts=RESTARTS, random_circuits=n)
 
-    spent = {f"{n} random circuits": seconds(run(n), device) for n in (0, 4)}
+    spent = {f"{n} random circuits": seconds(run(n), device) for n in random_circuits}
     after = [seconds(train, device) for _ in range(5)]
     unit = statistics.median(before + after)
     return {name: time / unit / RESTARTS for name, time in spent.items()}
@@ -276,7 +274,10 @@ HEADER = (
     "| memory, ascent | per token | memory, per token |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
 )
 
-AUDIT_HEADER = "| tokens | C | no random circuits | 4 random circuits |\n|---:|---:|---:|---:|"
+
+def audit_header(random_circuits: list[int]) -> str:
+    columns = ["tokens", "C", *(f"{n} random circuits" for n in random_circuits)]
+    return f"| {' | '.join(columns)} |\n|{'---:|' * len(columns)}"
 
 
 def main() -> None:
@@ -286,7 +287,9 @@ def main() -> None:
     parser.add_argument("--components", nargs="+", default=COMPONENTS)
     parser.add_argument("--k", type=int, default=4, help="steps of a fresh ascent")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--audit", action="store_true", help="measure audits instead, which takes long")
+    parser.add_argument(
+        "--audit", type=int, nargs="+", metavar="N", help="measure audits instead, with N random circuits; takes long"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("runs/step_cost.json"))
     args = parser.parse_args()
@@ -294,7 +297,7 @@ def main() -> None:
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
     target: Any = load_target(args.target).module.to(args.device)
-    print(AUDIT_HEADER if args.audit else HEADER)
+    print(audit_header(args.audit) if args.audit else HEADER)
     rows = []
     for tokens in args.tokens:
         batch = random_text(target, tokens, args.device)
@@ -304,7 +307,7 @@ def main() -> None:
                 found: dict[str, Any] = {
                     "tokens": tokens,
                     "components": components,
-                    "audit": audited(case, args.device),
+                    "audit": audited(case, args.device, args.audit),
                 }
                 print(
                     f"| {tokens:,} | {components} | {' | '.join(f'{steps:.1f}' for steps in found['audit'].values())} |"
