@@ -30,6 +30,8 @@ from pdprune.progress import moved
 
 STALLED = 1e-3
 """A restart has converged when its best loss rises by less than this share of it in `Ascent.patience` steps."""
+MIN_LATE = 5
+"""A restart is judged by how it rose in the last quarter of its steps, and at least so many."""
 Item = TypeVar("Item")
 EXACT_LIMIT = 16
 """Exact search is refused above this many free entries: 2¹⁶ forward passes."""
@@ -227,7 +229,7 @@ def _climb(climbers: Sequence[Climber], worst: Worst) -> Iterator[None]:
             climber.learn(losses, gradient)
             worst.meet(climber.best.entries, climber.best.losses)
         yield
-        climbing = [climber for climber in climbing if not game.everywhere(climber.converged)]
+        climbing = [climber for climber in climbing if not game.everywhere(climber.is_done(worst.loss))]
         if not climbing:
             return
     with torch.no_grad():
@@ -264,7 +266,6 @@ class Climber:
     recent: list[float] = field(default_factory=list)
     bests: list[float] = field(default_factory=list)
     visited: set[bytes] = field(default_factory=set)
-    converged: bool = False
 
     def __post_init__(self) -> None:
         unmet = torch.full((self.game.n_groups,), -torch.inf, device=self.entries.device)
@@ -284,13 +285,28 @@ class Climber:
         self.climb(gradient)
         self._halve_when_stalled(float(losses.mean()))
         self.bests.append(self.best.loss)
-        self.converged = self._has_stalled() or self._is_back()
+
+    def is_done(self, worst: float) -> bool:
+        """Whether more steps would be of no use, where `worst` is the highest loss known of any source."""
+        return self._has_stalled() or self._is_back() or self._is_left_behind(worst)
 
     def _has_stalled(self) -> bool:
         if len(self.bests) <= self.ascent.patience:
             return False
         before = self.bests[-1 - self.ascent.patience]
         return self.bests[-1] <= before + STALLED * abs(before)
+
+    def _is_left_behind(self, worst: float) -> bool:
+        """Whether it stays below the highest loss known even if it goes on to rise twice as fast as of late.
+
+        Climbs slow down as entries reach the bounds; twice leaves room for those that do not yet. Groups that rise each
+        for themselves are not judged by their mean.
+        """
+        late = max(MIN_LATE, self.ascent.steps // 4)
+        if len(self.bests) <= late or self.game.n_groups > 1:
+            return False
+        speed = (self.bests[-1] - self.bests[-1 - late]) / late
+        return self.bests[-1] + 2 * speed * (self.ascent.steps - len(self.bests)) < worst
 
     def _is_back(self) -> bool:
         """Whether it has come back to where it was: sign steps, which remember nothing, then repeat themselves."""

@@ -394,6 +394,27 @@ def test_a_restart_ends_when_it_rises_no_more(monkeypatch: pytest.MonkeyPatch) -
     assert found == pytest.approx(all_found, rel=0.01)
 
 
+def test_a_restart_ends_when_it_cannot_catch_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    fine = Ascent(steps=40, step_size=0.03, restarts=8)
+    games = [random_game(seed) for seed in range(6)]
+    short = [gradients_of(monkeypatch, game, fine) for game in games]
+    monkeypatch.setattr(Climber, "_is_left_behind", lambda self, worst: False)
+    whole = [gradients_of(monkeypatch, game, fine) for game in games]
+    assert sum(taken for taken, _ in short) < 0.9 * sum(taken for taken, _ in whole)
+    assert [found for _, found in short] == pytest.approx([found for _, found in whole])
+
+
+def test_groups_that_climb_apart_are_not_left_behind_together() -> None:
+    together = random_game(0)
+    climber = Climber(together, together.corner(0.0), Ascent(steps=40))
+    climber.bests = [0.0] * 15
+    assert climber._is_left_behind(1.0) and not climber._is_left_behind(-1.0)
+    apart = Game(together.losses, together.gates, "example")
+    climber = Climber(apart, apart.corner(0.0), Ascent(steps=40))
+    climber.bests = [0.0] * 15
+    assert not climber._is_left_behind(1.0)
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
