@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdprune.claims import cancellation, nonsense, overlap, scopes, subsets
+from pdprune.claims import cancellation, neurons, nonsense, overlap, scopes, sparse, subsets
 from pdprune.claims.experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -12,6 +12,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         nonsense.EXPERIMENT,
         subsets.EXPERIMENT,
         scopes.EXPERIMENT,
+        neurons.EXPERIMENT,
+        sparse.EXPERIMENT,
         overlap.EXPERIMENT,
     )
 }
