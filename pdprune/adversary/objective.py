@@ -14,6 +14,7 @@ from torch import Tensor
 from pdprune.batches import Batch, as_batch, first_tensor, output_of, to_device
 from pdprune.decomposition import DecomposedModel, mean_reference, resample_reference
 from pdprune.decomposition.model import Observed
+from pdprune.decomposition.norms import NormScaling
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.losses import LossFunction, loss_function
 from pdprune.precision import UNSCALED, LossScale
@@ -80,6 +81,7 @@ class MaskedLoss:
         observed: the target's run on the batch, if there was one.
         ranks: who shares the batch.
         scale: for gradients in float16.
+        norm_scales: whether the masked model's norms are `live`, or `frozen` to the unablated run on the batch.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class MaskedLoss:
         observed: Observed | None = None,
         ranks: Ranks = ALONE,
         scale: LossScale = UNSCALED,
+        norm_scales: NormScaling = "live",
     ) -> None:
         self.model = model
         self.batch: Batch = to_device(batch, model.delta_sites.device)
@@ -102,6 +105,7 @@ class MaskedLoss:
         with torch.no_grad():
             output = model(self.batch.inputs) if observed is None else observed.output
             self.target_output = output_of(output).detach()
+        self._norm_scales = model.norm_scales(self.batch.inputs) if norm_scales == "frozen" else None
         if not bool(torch.isfinite(self.target_output).all()):
             raise NonFiniteLossError("target: its output on a batch is NaN or infinite; expected finite numbers")
 
@@ -128,7 +132,7 @@ class MaskedLoss:
         delta_mask: Float[Tensor, "*lead s"] | None = None,
         sites: Collection[str] | None = None,
     ) -> Tensor:
-        return output_of(self.model(self.batch.inputs, mask, delta_mask, self.reference, sites))
+        return output_of(self.model(self.batch.inputs, mask, delta_mask, self.reference, sites, self._norm_scales))
 
     def per_example(
         self,
@@ -148,11 +152,16 @@ class MaskedLoss:
 
 
 def masked_losses(
-    model: DecomposedModel, batches: Sequence[Batch], loss: str | LossFunction, reference: Reference
+    model: DecomposedModel,
+    batches: Sequence[Batch],
+    loss: str | LossFunction,
+    reference: Reference,
+    norm_scales: NormScaling = "live",
 ) -> list[MaskedLoss]:
     """The losses of a split, one a batch."""
+    device = model.delta_sites.device
     return [
-        MaskedLoss(model, batch, loss, reference.on(model, to_device(batch, model.delta_sites.device), index))
+        MaskedLoss(model, batch, loss, reference.on(model, to_device(batch, device), index), norm_scales=norm_scales)
         for index, batch in enumerate(batches)
     ]
 
