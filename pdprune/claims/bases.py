@@ -45,8 +45,13 @@ def cells(settings: Settings) -> list[Cell]:
     """One for every seed, task and basis."""
     bases = settings.bases if settings.sampled is None else (*settings.bases, settings.sampled)
     axes = {"basis": bases, "task": settings.tasks, "seed": settings.seeds}
-    shared = {"target": settings.target, "target_loss": settings.target_loss}
-    shared |= {"train": settings.train, "others": settings.others, "steps": settings.steps}
+    shared = {
+        "target": settings.target,
+        "target_loss": settings.target_loss,
+        "train": settings.train,
+        "others": settings.others,
+        "steps": settings.steps,
+    }
     return crossed(axes, shared)
 
 

@@ -79,8 +79,8 @@ def crossed(axes: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> lis
         axes: what is varied; the most important first, since files are named by it.
         shared: what is the same in all cells.
     """
-    choices = itertools.product(*reversed(axes.values()))
-    return [dict(zip(axes, reversed(chosen), strict=True)) | shared for chosen in choices]
+    choices = itertools.product(*reversed(list(axes.values())))
+    return [{**dict(zip(axes, reversed(chosen), strict=True)), **shared} for chosen in choices]
 
 
 def grouped(results: Sequence[Result], *names: str) -> dict[tuple[Any, ...], list[Figures]]:

@@ -51,8 +51,13 @@ def cells(settings: Settings) -> list[Cell]:
         "task": settings.tasks,
         "seed": settings.seeds,
     }
-    shared = {"target": settings.target, "target_loss": settings.target_loss}
-    shared |= {"train": settings.train, "others": settings.others, "steps": settings.steps}
+    shared = {
+        "target": settings.target,
+        "target_loss": settings.target_loss,
+        "train": settings.train,
+        "others": settings.others,
+        "steps": settings.steps,
+    }
     return crossed(axes, shared)
 
 

@@ -61,9 +61,13 @@ SMALL = Settings(
 
 def cells(settings: Settings) -> list[Cell]:
     """One for every seed, target, kind of nodes, task and scheme."""
-    shared = {"shares": list(settings.shares)}
-    shared |= {"train": settings.train, "others": settings.others, "steps": settings.steps}
     axes = {"scheme": settings.schemes, "task": settings.tasks, "nodes": settings.nodes}
+    shared = {
+        "shares": list(settings.shares),
+        "train": settings.train,
+        "others": settings.others,
+        "steps": settings.steps,
+    }
     return [
         cell
         for seed in settings.seeds

@@ -260,9 +260,7 @@ class DecomposedModel(nn.Module):
                 raise UserError(f"site {name!r} is never called in a forward pass: what it reads cannot be seen")
         return output, calls
 
-    def _recorded_run(
-        self, inputs: Any, modules: Mapping[str, nn.Module]
-    ) -> tuple[Any, dict[str, list[Tensor]]]:
+    def _recorded_run(self, inputs: Any, modules: Mapping[str, nn.Module]) -> tuple[Any, dict[str, list[Tensor]]]:
         """The output of an unablated run, and what some modules read in it, one tensor a call."""
         args, kwargs = _call_arguments(inputs)
         calls: dict[str, list[Tensor]] = {name: [] for name in modules}

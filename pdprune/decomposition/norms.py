@@ -1,8 +1,8 @@
 """Norm scales of the unablated run: with them a masked network's norms are linear, as many methods assume.
 
-A layer norm divides by the size of what it reads, so that ablating a node that nobody reads still changes what everybody
-else reads. Held at the scale that it has on the unablated run on the same input, token by token, a norm is a linear
-(for LayerNorm: affine) map.
+A norm divides by the size of what it reads, so that ablating a node that nobody reads still changes what everybody else
+reads. Held at the scale that it has on the unablated run on the same input, token by token, it is an affine map: linear
+but for a bias.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ def scale_of(norm: nn.Module, x: Float[Tensor, "*lead D"]) -> Float[Tensor, "*le
     return (mean_square + eps).rsqrt()
 
 
-def norms_frozen(
-    target: nn.Module, scales: Mapping[str, Float[Tensor, "*lead #D"]]
-) -> AbstractContextManager[None]:
+def norms_frozen(target: nn.Module, scales: Mapping[str, Float[Tensor, "*lead #D"]]) -> AbstractContextManager[None]:
     """A context in which the target's norms multiply by the given scales, whatever the size of what they read."""
 
     def frozen(norm: nn.Module, scale: Tensor) -> OutputRule:
