@@ -16,6 +16,7 @@ from pdprune.adversary.together import for_each, how_many_at_once
 from pdprune.batches import Batch, as_batch, first_tensor, output_of, to_device
 from pdprune.decomposition import DecomposedModel, mean_reference, resample_reference
 from pdprune.decomposition.model import Narrowed, Observed
+from pdprune.decomposition.norms import NormScaling
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.losses import LossFunction, ce, loss_function
 from pdprune.precision import UNSCALED, LossScale
@@ -83,6 +84,7 @@ class MaskedLoss:
         observed: the target's run on the batch, if there was one.
         ranks: who shares the batch.
         scale: for gradients in float16.
+        norm_scales: whether the masked model's norms are `live`, or `frozen` to the unablated run on the batch.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class MaskedLoss:
         observed: Observed | None = None,
         ranks: Ranks = ALONE,
         scale: LossScale = UNSCALED,
+        norm_scales: NormScaling = "live",
     ) -> None:
         self.model = model
         self.batch: Batch = to_device(batch, model.delta_sites.device)
@@ -102,6 +105,7 @@ class MaskedLoss:
         self.scale = scale
         self._loss: Callable[[Tensor, Tensor, Batch], Tensor] = loss_function(loss)
         self._observed = observed
+        self.norm_scales = norm_scales
 
     @cached_property
     def target_output(self) -> Tensor:
@@ -112,6 +116,11 @@ class MaskedLoss:
         if not bool(torch.isfinite(found).all()):
             raise NonFiniteLossError("target: its output on a batch is NaN or infinite; expected finite numbers")
         return found
+
+    @cached_property
+    def _frozen_scales(self) -> dict[str, Tensor] | None:
+        """What norms multiply by on the unablated run; None where they are live."""
+        return self.model.norm_scales(self.batch.inputs) if self.norm_scales == "frozen" else None
 
     @property
     def size(self) -> int:
@@ -137,7 +146,8 @@ class MaskedLoss:
         sites: Collection[str] | None = None,
         narrowed: Narrowed | None = None,
     ) -> Tensor:
-        return output_of(self.model(self.batch.inputs, mask, delta_mask, self.reference, sites, narrowed))
+        masks = mask, delta_mask, self.reference, sites, narrowed
+        return output_of(self.model(self.batch.inputs, *masks, norm_scales=self._frozen_scales))
 
     def per_example(
         self,
@@ -162,7 +172,7 @@ class MaskedLoss:
     ) -> Float[Tensor, "R B"]:
         """Each example's loss under each of several shared masks, so many of them run together."""
         if at_once > 1:
-            self.unablated()  # the target's own run is no part of the batched one
+            _ = self.unablated(), self._frozen_scales  # the target's own runs are no part of the batched one
 
         def one(mask: Tensor, delta_mask: Tensor) -> Tensor:
             return self.per_example(mask, delta_mask, narrowed=narrowed)
@@ -189,11 +199,16 @@ class MaskedLoss:
 
 
 def masked_losses(
-    model: DecomposedModel, batches: Sequence[Batch], loss: str | LossFunction, reference: Reference
+    model: DecomposedModel,
+    batches: Sequence[Batch],
+    loss: str | LossFunction,
+    reference: Reference,
+    norm_scales: NormScaling = "live",
 ) -> list[MaskedLoss]:
     """The losses of a split, one a batch."""
+    device = model.delta_sites.device
     return [
-        MaskedLoss(model, batch, loss, reference.on(model, to_device(batch, model.delta_sites.device), index))
+        MaskedLoss(model, batch, loss, reference.on(model, to_device(batch, device), index), norm_scales=norm_scales)
         for index, batch in enumerate(batches)
     ]
 

@@ -21,6 +21,7 @@ from pdprune.circuits.pruning import CircuitPruner, Learning, Search
 from pdprune.circuits.schemes import Draws, SchemeName
 from pdprune.circuits.selection import Selection
 from pdprune.decomposition import DecomposedModel
+from pdprune.decomposition.norms import NormScaling
 from pdprune.errors import UserError, require_gradients
 from pdprune.loaders import FixedLoader
 from pdprune.losses import LossFunction
@@ -64,6 +65,7 @@ def prune(
     draws: Draws = Draws(),
     attack: Ascent = Ascent(),
     selection: Selection = Selection(),
+    norm_scales: NormScaling = "live",
     seed: int = 0,
 ) -> Circuit:
     """Find the few nodes that a behaviour needs.
@@ -91,6 +93,7 @@ def prune(
         draws: how stochastic sources are drawn.
         attack: the adversary's budget in selection.
         selection: how gates become a circuit.
+        norm_scales: `live`, or `frozen` to the unablated run while the circuit is searched for (see `CircuitPruner`).
         seed: decides everything.
 
     Returns:
@@ -124,6 +127,7 @@ def prune(
         draws=draws,
         attack=attack,
         selection=selection,
+        norm_scales=norm_scales,
         seed=seed,
     )
     data = _InMemory(train_split, select_split)

@@ -41,6 +41,7 @@ from pdprune.circuits.selection import (
 )
 from pdprune.circuits.warm_start import mean_importances
 from pdprune.decomposition import DecomposedModel
+from pdprune.decomposition.norms import NormScaling
 from pdprune.decomposition.settings import Decomposition
 from pdprune.errors import NonFiniteLossError, UserError
 from pdprune.losses import LossFunction, loss_function, loss_name
@@ -192,6 +193,9 @@ class CircuitPruner(LightningModule):
         attack: the adversary's budget in selection, the same as the audit's.
         selection: how gates become a circuit.
         audit: the checks that a run ends with.
+        norm_scales: while gates are learned and the circuit is chosen, the target's norms are `live`, or `frozen`: each
+            multiplies by what it does on the unablated run on the same input. The audit, and whatever else scores a
+            circuit, is live always.
         seed: decides everything.
     """
 
@@ -220,6 +224,7 @@ class CircuitPruner(LightningModule):
         attack: Ascent = Ascent(),
         selection: Selection = Selection(),
         audit: AuditSettings = AuditSettings(),
+        norm_scales: NormScaling = "live",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -227,6 +232,7 @@ class CircuitPruner(LightningModule):
         loss_function(loss)
         _check_choice("scheme", scheme, SchemeName)
         _check_choice("search", search, Search)
+        _check_choice("norm_scales", norm_scales, NormScaling)
         self.goal = Goal(target_loss, target_nodes, coefficient)
         self.decomposition = decomposition
         self.loss = loss
@@ -242,6 +248,7 @@ class CircuitPruner(LightningModule):
         self.attack = attack
         self.selection = selection
         self.audit = audit
+        self.norm_scales: NormScaling = norm_scales
         self.seed = seed
         self.gate_map = GATE_MAPS[learning.gate_map]
         self.model = decomposition if isinstance(decomposition, DecomposedModel) else decomposition.load()
@@ -343,7 +350,15 @@ class CircuitPruner(LightningModule):
         assert self._reference is not None
         ranks = Ranks.of(self.trainer)
         reference = self._reference.on(self.model, batch, step, ranks)
-        return MaskedLoss(self.model, batch, self.loss, reference, ranks=ranks, scale=self._loss_scale)
+        return MaskedLoss(
+            self.model,
+            batch,
+            self.loss,
+            reference,
+            ranks=ranks,
+            scale=self._loss_scale,
+            norm_scales=self.norm_scales,
+        )
 
     def _sources(self, game: Game, step: int) -> Float[Tensor, "*lead E"]:
         """What is done to the not-kept nodes at this keep step: by the adversary's choice, by chance, or ablation."""
@@ -423,7 +438,7 @@ class CircuitPruner(LightningModule):
         """The circuit, chosen on the select split (see `selection.py`); deterministic, whatever ran before."""
         batches = as_batches(data.select_batches())
         assert self._reference is not None
-        losses = masked_losses(self.model, batches, self.loss, self._reference)
+        losses = masked_losses(self.model, batches, self.loss, self._reference, self.norm_scales)
         self._scored_all = self.exhaustive(losses)
         if self._scored_all:
             self.selected = select_exhaustively(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -69,6 +70,25 @@ class Experiment:
             if name not in known:
                 raise UserError(f"claim {self.name}: no setting {name!r}; expected one of {', '.join(known)}")
         return dataclasses.replace(settings, **changes)
+
+
+def crossed(axes: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> list[Cell]:
+    """A cell for every choice of one value an axis, those of the first axis next to one another.
+
+    Args:
+        axes: what is varied; the most important first, since files are named by it.
+        shared: what is the same in all cells.
+    """
+    choices = itertools.product(*reversed(list(axes.values())))
+    return [{**dict(zip(axes, reversed(chosen), strict=True)), **shared} for chosen in choices]
+
+
+def grouped(results: Sequence[Result], *names: str) -> dict[tuple[Any, ...], list[Figures]]:
+    """The figures of those cells that agree in some entries, by these entries, in order of appearance."""
+    groups: dict[tuple[Any, ...], list[Figures]] = {}
+    for result in results:
+        groups.setdefault(tuple(result.cell[name] for name in names), []).append(result.figures)
+    return groups
 
 
 def run_cells(

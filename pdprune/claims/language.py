@@ -17,6 +17,7 @@ from pdprune.circuits.prune import prune
 from pdprune.circuits.schemes import SchemeName
 from pdprune.circuits.selection import Selection
 from pdprune.decomposition import DecomposedModel, decompose
+from pdprune.decomposition.norms import NormScaling
 from pdprune.losses import task_loss_and_accuracy
 from pdprune.seeding import generator
 from pdprune.targets import load_target
@@ -84,7 +85,13 @@ def untrained(module: nn.Module, seed: int) -> nn.Module:
 
 
 def pruned(
-    model: DecomposedModel, splits: Splits, scheme: SchemeName, target_loss: float, steps: int, seed: int
+    model: DecomposedModel,
+    splits: Splits,
+    scheme: SchemeName,
+    target_loss: float,
+    steps: int,
+    seed: int,
+    norm_scales: NormScaling = "live",
 ) -> Circuit:
     """The smallest circuit within a task cross-entropy, under a scheme; what is ablated is replaced by means."""
     return prune(
@@ -98,6 +105,7 @@ def pruned(
         select=splits.select,
         selection=SELECTION,
         steps=steps,
+        norm_scales=norm_scales,
         seed=seed,
     )
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import get_args
 
 from pdprune.circuits.schemes import SchemeName
-from pdprune.claims.experiment import Cell, Experiment, Figures, Result
+from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped
+from pdprune.claims.figures import audit_figures, shown
 from pdprune.claims.intervals import markdown, over_seeds
 from pdprune.claims.language import Splits, audited, language_model, pruned, reference_of, task_scores
 
@@ -51,21 +52,15 @@ SMALL = Settings(cases=("wrong answers",), schemes=("complete", "adversarial"), 
 
 def cells(settings: Settings) -> list[Cell]:
     """One for every seed, case and scheme."""
-    return [
-        {
-            "case": case,
-            "scheme": scheme,
-            "seed": seed,
-            "target": settings.target,
-            "target_loss": settings.target_loss,
-            "train": settings.train,
-            "others": settings.others,
-            "steps": settings.steps,
-        }
-        for seed in settings.seeds
-        for scheme in settings.schemes
-        for case in settings.cases
-    ]
+    axes = {"case": settings.cases, "scheme": settings.schemes, "seed": settings.seeds}
+    shared = {
+        "target": settings.target,
+        "target_loss": settings.target_loss,
+        "train": settings.train,
+        "others": settings.others,
+        "steps": settings.steps,
+    }
+    return crossed(axes, shared)
 
 
 def run(
@@ -79,43 +74,31 @@ def run(
     reference = reference_of(model, splits, seed)
     chosen_on = task_scores(model, splits.select, circuit.keep.float(), reference)
     found = audited(model, circuit, splits, target_loss, seed)
-    assert found.task is not None
     return {
-        "n_nodes": model.n_nodes,
-        "kept": circuit.n_kept,
         "reached": circuit.reached,
         "chosen_on": {"ce": chosen_on[0], "accuracy": chosen_on[1]},
-        "model_ce": found.task.model.ce,
-        "complete_ce": found.task.complete.ce,
-        "complete_accuracy": found.task.complete.accuracy,
-        "stochastic_ce": found.task.stochastic.ce,
-        "worst_ce": found.adversarial.loss,
-        "worst_accuracy": found.task.adversarial.accuracy,
-        "beats_model": found.beats_model,
-        "faithful": found.faithful,
+        **audit_figures(found),
     }
 
 
 def table(results: Sequence[Result]) -> str:
     """Case by scheme: what was found, and what the audit says of it."""
     rows = []
-    for case in dict.fromkeys(result.cell["case"] for result in results):
-        for scheme in SCHEMES:
-            of_it = [one.figures for one in results if (one.cell["case"], one.cell["scheme"]) == (case, scheme)]
-            if not of_it:
-                continue
-            rows.append(
-                [
-                    f"{case}, {scheme}",
-                    f"{over_seeds([one['kept'] for one in of_it]).show(0)} of {of_it[0]['n_nodes']}",
-                    over_seeds([one["model_ce"] for one in of_it]).show(),
-                    over_seeds([one["chosen_on"]["ce"] for one in of_it]).show(),
-                    over_seeds([one["complete_ce"] for one in of_it]).show(),
-                    over_seeds([one["worst_ce"] for one in of_it]).show(),
-                    f"{sum(bool(one['reached']) for one in of_it)}, {sum(bool(one['faithful']) for one in of_it)}"
-                    f" of {len(of_it)}",
-                ]
-            )
+    groups = grouped(results, "case", "scheme")
+    for case, scheme in ((case, scheme) for case in CASES for scheme in SCHEMES if (case, scheme) in groups):
+        of_it = groups[case, scheme]
+        rows.append(
+            [
+                f"{case}, {scheme}",
+                f"{over_seeds([one['kept'] for one in of_it]).show(0)} of {of_it[0]['n_nodes']}",
+                shown(of_it, "model_ce"),
+                over_seeds([one["chosen_on"]["ce"] for one in of_it]).show(),
+                shown(of_it, "complete_ce"),
+                shown(of_it, "worst_ce"),
+                f"{sum(bool(one['reached']) for one in of_it)}, {sum(bool(one['faithful']) for one in of_it)}"
+                f" of {len(of_it)}",
+            ]
+        )
     head = [
         "case, scheme",
         "nodes",

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from pdprune.claims import cancellation, nonsense, overlap, scopes, subsets
+from pdprune.claims import (
+    bases,
+    cancellation,
+    frozen_norm,
+    neurons,
+    nonsense,
+    overlap,
+    scopes,
+    sparse,
+    subsets,
+)
 from pdprune.claims.experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -11,7 +21,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         cancellation.EXPERIMENT,
         nonsense.EXPERIMENT,
         subsets.EXPERIMENT,
+        frozen_norm.EXPERIMENT,
         scopes.EXPERIMENT,
+        neurons.EXPERIMENT,
+        bases.EXPERIMENT,
+        sparse.EXPERIMENT,
         overlap.EXPERIMENT,
     )
 }

@@ -8,7 +8,7 @@ from typing import get_args
 
 from pdprune.circuits.pruning import CircuitPruner
 from pdprune.circuits.schemes import SchemeName
-from pdprune.claims.experiment import Cell, Experiment, Figures, Result
+from pdprune.claims.experiment import Cell, Experiment, Figures, Result, grouped
 from pdprune.claims.intervals import markdown, over_seeds
 from pdprune.claims.language import BATCH_SIZE, Splits, audited, language_model
 from pdprune.claims.ranking import learned_ranking
@@ -108,8 +108,7 @@ def table(results: Sequence[Result]) -> str:
     """Task and scheme by size: the worst case, and in brackets the loss with the rest ablated."""
     shares = results[0].cell["shares"]
     rows = []
-    for task, scheme in dict.fromkeys((result.cell["task"], result.cell["scheme"]) for result in results):
-        of_it = [one.figures for one in results if (one.cell["task"], one.cell["scheme"]) == (task, scheme)]
+    for (task, scheme), of_it in grouped(results, "task", "scheme").items():
         row = [f"{task}, {scheme} ({len(of_it)} seeds)"]
         for place in range(len(shares)):
             worst, complete = (

@@ -85,7 +85,7 @@ def terms_added(added: Sequence[tuple[SiteMask, Float[Tensor, "*#lead O"]]]) -> 
 
         return rule
 
-    return _output_rules([(at.site.name, at.module, adds(at.site, term)) for at, term in added])
+    return output_rules([(at.site.name, at.module, adds(at.site, term)) for at, term in added])
 
 
 def masked_per_token(site_masks: Sequence[SiteMask]) -> AbstractContextManager[None]:
@@ -116,7 +116,7 @@ def masked_per_token(site_masks: Sequence[SiteMask]) -> AbstractContextManager[N
 
         return rule
 
-    return _output_rules([(at.site.name, at.module, masks(at)) for at in site_masks])
+    return output_rules([(at.site.name, at.module, masks(at)) for at in site_masks])
 
 
 OutputRule = Callable[[Tensor, Tensor], Tensor]
@@ -124,7 +124,7 @@ OutputRule = Callable[[Tensor, Tensor], Tensor]
 
 
 @contextmanager
-def _output_rules(rules: Sequence[tuple[str, nn.Module, OutputRule]]) -> Iterator[None]:
+def output_rules(rules: Sequence[tuple[str, nn.Module, OutputRule]]) -> Iterator[None]:
     """Forward hooks on the target while it runs, removed whatever happens.
 
     Some modules read the weight of a child without ever calling it (`nn.MultiheadAttention` and its output

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pdprune.decomposition.building import Node, build
 from pdprune.decomposition.folding import SiteMask, fold, masked_per_token, terms_added
+from pdprune.decomposition.norms import norms_frozen, norms_of, scale_of
 from pdprune.decomposition.sites import EMBEDDING, Site, at_least_float32
 from pdprune.errors import UserError
 
@@ -169,6 +170,7 @@ class DecomposedModel(nn.Module):
         reference: Mapping[str, Tensor] | None = None,
         sites: Collection[str] | None = None,
         narrowed: Narrowed | None = None,
+        norm_scales: Mapping[str, Tensor] | None = None,
     ) -> Any:
         """The target's own output, whatever its type, under masks. Gradients flow to `mask` and `delta_mask`.
 
@@ -184,6 +186,7 @@ class DecomposedModel(nn.Module):
                 frequencies of the ids, `[vocab]` or `[T, vocab]`, or ids `[B, T]`.
             sites: only these are masked, whatever the masks say of the others; None is all of them.
             narrowed: from `narrowed_to`, for a shared mask that is 1 at all other nodes: saves their products.
+            norm_scales: what the norms multiply by (`norm_scales`, of the same inputs); None leaves them live.
 
         Raises:
             UserError: a mask or reference that does not fit the nodes or some site's input.
@@ -206,7 +209,7 @@ class DecomposedModel(nn.Module):
         if sites is not None:
             site_masks = [at for at in site_masks if at.site.name in sites]
         parameters = self._frozen_parameters()
-        with self._at_rest():
+        with self._at_rest(), self._norms_at(norm_scales):
             if not site_masks:
                 return self._call(parameters, args, kwargs)
             if shared:
@@ -236,13 +239,29 @@ class DecomposedModel(nn.Module):
             sites.append(site if left is None else site.narrowed(left))
         return Narrowed(sites, components)
 
+    def norm_scales(self, inputs: Any) -> dict[str, Tensor]:
+        """What each norm of the target multiplies by on an unablated run: `[*lead, 1]` by module path, detached.
+
+        Raises:
+            UserError: a target without norms, with one of an unknown kind, or with one that it calls several times.
+        """
+        norms = norms_of(self.target)
+        calls = self._recorded_run(inputs, norms)[1]
+        for path, tensors in calls.items():
+            if len(tensors) != 1:
+                raise UserError(
+                    f"norm_scales 'frozen': norm {path!r} is called {len(tensors)} times in a forward pass; expected "
+                    "once: use norm_scales 'live'"
+                )
+        return {path: scale_of(norms[path], tensors[0]) for path, tensors in calls.items()}
+
     def site_calls(self, inputs: Any) -> dict[str, list[Tensor]]:
         """What each site reads on an unablated run, one tensor a call: `[*lead, I]`, or ids `[*lead]` at an embedding.
 
         Raises:
             UserError: a site that the target does not call.
         """
-        return self._recorded_run(inputs)[1]
+        return self._observed_run(inputs)[1]
 
     def site_inputs(self, inputs: Any) -> dict[str, Tensor]:
         """What each site reads on an unablated run: `[*lead, I]`, or ids `[*lead]` at an embedding.
@@ -258,7 +277,7 @@ class DecomposedModel(nn.Module):
         Raises:
             UserError: a site that the target calls several times, or not at all.
         """
-        output, calls = self._recorded_run(inputs)
+        output, calls = self._observed_run(inputs)
         for name, tensors in calls.items():
             if len(tensors) > 1:
                 raise UserError(
@@ -266,23 +285,31 @@ class DecomposedModel(nn.Module):
                 )
         return Observed(output, {name: tensors[0] for name, tensors in calls.items()})
 
-    def _recorded_run(self, inputs: Any) -> tuple[Any, dict[str, list[Tensor]]]:
+    def _observed_run(self, inputs: Any) -> tuple[Any, dict[str, list[Tensor]]]:
         """The output of an unablated run, and what each site reads in it, one tensor a call."""
+        output, calls = self._recorded_run(inputs, dict(zip(self.sites, self._site_modules, strict=True)))
+        for name, tensors in calls.items():
+            if not tensors:
+                raise UserError(f"site {name!r} is never called in a forward pass: what it reads cannot be seen")
+        return output, calls
+
+    def _recorded_run(self, inputs: Any, modules: Mapping[str, nn.Module]) -> tuple[Any, dict[str, list[Tensor]]]:
+        """The output of an unablated run, and what some modules read in it, one tensor a call."""
         args, kwargs = _call_arguments(inputs)
-        calls: dict[str, list[Tensor]] = {name: [] for name in self.sites}
+        calls: dict[str, list[Tensor]] = {name: [] for name in modules}
         handles = []
         try:
-            for name, module in zip(self.sites, self._site_modules, strict=True):
+            for name, module in modules.items():
                 handles.append(module.register_forward_hook(_recorder(calls[name]), with_kwargs=True))
             with torch.no_grad(), self._at_rest():
                 output = self.target(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-        for name, tensors in calls.items():
-            if not tensors:
-                raise UserError(f"site {name!r} is never called in a forward pass: what it reads cannot be seen")
         return output, calls
+
+    def _norms_at(self, scales: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
+        return nullcontext() if scales is None else norms_frozen(self.target, scales)
 
     def _site_masks(
         self, mask: Tensor | None, delta_mask: Tensor | None, reference: Mapping[str, Tensor] | None, shared: bool

@@ -1,0 +1,94 @@
+"""Claim 7: learned components against singular vectors, neurons and heads: nodes needed at one worst case."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped
+from pdprune.claims.figures import HEAD, audit_figures, columns
+from pdprune.claims.intervals import markdown, over_seeds
+from pdprune.claims.language import Splits, audited, pruned
+from pdprune.claims.nodes import CHANNELS, HEADS, LEARNED, SINGULAR, in_nodes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the experiment is run on.
+
+    Attributes:
+        target: a shipped language model that components of were learned.
+        bases: kinds of nodes (`pdprune.claims.nodes`), all of the same matrices; also paths of saved decompositions.
+        sampled: path of the saved decomposition that was learned by sampling, a row of its own: none ships.
+        tasks: of the target.
+        seeds: of pruning; the learned components are one seed's.
+        target_loss: task cross-entropy, in nats.
+        train, others: prompts to learn gates on; to choose the circuit on, and as many to audit on.
+        steps: keep steps.
+    """
+
+    target: str = "dense-py"
+    bases: tuple[str, ...] = (LEARNED, SINGULAR, CHANNELS, HEADS)
+    sampled: str | None = None
+    tasks: tuple[str, ...] = ("quote", "bracket", "colon")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    target_loss: float = 0.15
+    train: int = 512
+    others: int = 64
+    steps: int = 60
+
+
+SMALL = Settings(bases=(LEARNED, SINGULAR), tasks=("quote",), seeds=(0,), train=64, others=8, steps=4)
+
+
+def cells(settings: Settings) -> list[Cell]:
+    """One for every seed, task and basis."""
+    bases = settings.bases if settings.sampled is None else (*settings.bases, settings.sampled)
+    axes = {"basis": bases, "task": settings.tasks, "seed": settings.seeds}
+    shared = {
+        "target": settings.target,
+        "target_loss": settings.target_loss,
+        "train": settings.train,
+        "others": settings.others,
+        "steps": settings.steps,
+    }
+    return crossed(axes, shared)
+
+
+def run(
+    basis: str, task: str, seed: int, target: str, target_loss: float, train: int, others: int, steps: int
+) -> Figures:
+    """Prune against the adversary, to the same target loss in every basis, and audit on held-out prompts.
+
+    What components leave over of a matrix is no node, and the adversary plays with it: only the learned ones leave
+    anything over.
+    """
+    model = in_nodes(target, basis)
+    splits = Splits.of(task, target, train, others, seed)
+    circuit = pruned(model, splits, "adversarial", target_loss, steps, seed)
+    found = audited(model, circuit, splits, target_loss, seed)
+    return {"reached": circuit.reached, "deltas": int(model.delta_sites.sum()), **audit_figures(found)}
+
+
+def table(results: Sequence[Result]) -> str:
+    """Task by basis: how many nodes, which share of them, and how the circuits hold."""
+    rows = [
+        [f"{task}: {basis}", _share(of_it), *columns(of_it)]
+        for (task, basis), of_it in grouped(results, "task", "basis").items()
+    ]
+    return markdown(["nodes", "share kept", *HEAD], rows)
+
+
+def _share(of_it: Sequence[Figures]) -> str:
+    return over_seeds([one["kept"] / one["n_nodes"] for one in of_it]).within(0, 1).show()
+
+
+EXPERIMENT = Experiment(
+    name="bases",
+    claim="At one worst case a circuit of learned components needs fewer nodes than one of other bases.",
+    settings=Settings(),
+    small=SMALL,
+    cells=cells,
+    run=run,
+    table=table,
+)
