@@ -49,7 +49,9 @@ CHECKS = [Check("the model itself", 0.04, 0.04, 1.0, 0.0), Check("the rest by th
 
 def curve(chosen: int, worst: float) -> Curve:
     sizes = [chosen // 8, chosen // 2, chosen, 960]
-    points = [CurvePoint(size, 0.01 * rank, 0.02, worst * (4 - rank)) for rank, size in enumerate(sizes)]
+    points = [
+        CurvePoint(size, 0.01 * rank, 0.02, worst * (4 - rank), worst * (5 - rank)) for rank, size in enumerate(sizes)
+    ]
     return Curve(points, CurvePoint(chosen, 0.006, 0.012, worst), "nodes", 960, 0.04, 0.15, None, HOSTILE)
 
 

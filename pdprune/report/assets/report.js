@@ -56,7 +56,7 @@
       "curve-note",
       element("span", { class: "mark" }, "●"),
       " the chosen circuit, by the audit. ",
-      curve.random === null ? null : [element("span", { class: "mark" }, "○"), " random circuits of its size. "],
+      curve.random === null ? null : [element("span", { class: "mark" }, "○"), " random circuits of its size, by the audit. "],
       curve.note,
     );
     const has = (key) => checks.some((check) => check[key] !== null);
