@@ -199,6 +199,11 @@ def _nodes(
     written = _written(run, shown, peaks, batches)
     if any(peaks) and not any(written.values()):
         notes.append("No raised or lowered outputs are shown: no node writes to the outputs but through later layers.")
+    if any(written.values()):
+        notes.append(
+            "Raised and lowered: what a node adds to each output in the first of its contexts, to first order, with "
+            "no help from later layers; in logits, less their mean, where outputs are logits."
+        )
     gates = run.circuit.gates.reshape(-1, run.circuit.n_nodes).amax(0)
     keep = run.circuit.keep
     found = []

@@ -205,6 +205,20 @@ def test_a_pinned_node_stays_until_it_is_let_go(report: Page) -> None:
     assert not report.evaluate("document.getElementById('details').classList.contains('pinned')")
 
 
+def test_the_address_leads_to_the_pinned_node(browser: Browser, pages: Path) -> None:
+    page = browser.open(pages / "report.html")
+    page.evaluate("pdprune.graph.pin(7)")
+    address = page.evaluate("location.href")
+    assert address.endswith("#node=blocks.1.mlp.down%3A7")
+    page.evaluate("pdprune.graph.pin(null)")
+    assert "node" not in page.evaluate("location.hash")
+    page.evaluate(f"location.hash = '{address.partition('#')[2]}'; delete document.documentElement.dataset.ready")
+    page.send("Page.reload")
+    page.wait_for("document.documentElement?.dataset.ready === 'true'")
+    assert chosen(page) == "7" and "blocks.1.mlp.down:7" in page.text("#details")
+    assert page.complaints() == []
+
+
 def test_tapping_on_a_narrow_screen(browser: Browser, pages: Path) -> None:
     page = browser.open(pages / "report.html", 400, 800)
     page.send("Emulation.setTouchEmulationEnabled", enabled=True)

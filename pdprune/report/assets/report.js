@@ -95,7 +95,7 @@
       free = sites.reduce((sum, site) => sum + site.n_nodes - site.n_kept, 0);
     fill(
       "adversary-lead",
-      `Its worst source ablates ${count(ablated)} of the ${count(free)} nodes that are not kept, and leaves the others alone. ${adversary.notes.join(" ")}`,
+      `Its worst source ablates ${count(ablated)} of the ${count(free)} nodes that are not kept, and leaves the others alone (source 0: ablated; 1: left alone). ${adversary.notes.join(" ")}`,
     );
     const key = (kind, told) =>
       element("span", {}, element("span", { class: "key", style: `background: var(--${kind})` }), told, "   ");
