@@ -32,8 +32,9 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 import torch
@@ -55,6 +56,9 @@ from pdprune.progress import telling
 from pdprune.ranks import is_first_process, require_as_many_as_launched
 from pdprune.run_folder import REPORT_FILE, AtomicCheckpointIO, RunFolder, read_checkpoint
 from pdprune.tracking import Results, show_results
+
+if TYPE_CHECKING:
+    from pdprune.report.figures import Figures
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -250,8 +254,7 @@ class PdpruneCLI(LightningCLI):
         finish = getattr(model, "finish", None)
         if finish is not None:
             finish(datamodule=self.datamodule, folder=self.folder.path)
-        self._write_report(model)
-        self._show_results(model)
+        self._show_results(model, self._write_report(model))
         if self.trainer.is_global_zero:
             self.folder.mark_finished()
             print(f"Results are in {self.folder.path}")
@@ -285,28 +288,36 @@ class PdpruneCLI(LightningCLI):
         write_atomically(path, "".join(lines).encode())
         print(f"Wrote {len(lines)} predictions to {path}")
 
-    def _write_report(self, model: LightningModule) -> None:
+    def _write_report(self, model: LightningModule) -> Figures | None:
         """The page of a circuit's run. Its results are safe by now: a page that fails is told of, and costs nothing."""
         if not isinstance(model, CircuitPruner) or not self.trainer.is_global_zero:
-            return
+            return None
         from pdprune.report import AuditedRun, write_report  # for circuits only
 
         folder = self.folder.path
         try:
             with telling("report") as tell:
-                write_report(AuditedRun.of(model, self.datamodule, folder), tell=tell)
+                return write_report(AuditedRun.of(model, self.datamodule, folder), tell=tell)
         except Exception as error:
             (folder / REPORT_FILE).unlink(missing_ok=True)  # it would show an earlier audit
             print(f"pdprune: no {REPORT_FILE} was written: {' '.join(str(error).split())}", file=sys.stderr)
+        return None
 
-    def _show_results(self, model: LightningModule) -> None:
-        """Hand what came out to the loggers. It is safe on disk by now: a tracker that fails is told of, no more."""
+    def _show_results(self, model: LightningModule, figures: Figures | None) -> None:
+        """Hand what came out to the loggers, with the report's pictures if there is one.
+
+        It is safe on disk by now: a tracker that fails is told of, no more.
+        """
         loggers = [logger for logger in self.trainer.loggers if not isinstance(logger, MetricsCsv)]
         if not loggers or not self.trainer.is_global_zero:
             return
         results = getattr(model, "results", None)
         try:
             shown = Results({}) if results is None else results(self.folder.path)
+            if figures is not None:
+                from pdprune.report.pictures import pictures_of  # for circuits only
+
+                shown = replace(shown, draw=lambda: pictures_of(figures))
             show_results(loggers, shown, self.folder.path, self.trainer.global_step)
         except Exception as error:
             print(f"pdprune: the results were not logged: {' '.join(str(error).split())}", file=sys.stderr)

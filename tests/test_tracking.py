@@ -57,7 +57,7 @@ def test_weights_and_biases_offline(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert {name: run.config[name] for name in resolved} == resolved
 
     media = run.history[-1]
-    for name in ("circuit/curve", "circuit/nodes"):
+    for name in ("circuit/curve", "circuit/graph"):
         assert (run.files / media[f"{name}/path"]).read_bytes().startswith(b"\x89PNG")
     table = json.loads((run.files / media["circuit/kept_nodes/path"]).read_text())
     kept = json.loads((folder / "circuit.json").read_text())["kept"]
@@ -78,7 +78,7 @@ def test_tensorboard_shows_the_same(folder: Path) -> None:
     scalars = {name: [event.value for event in seen.Scalars(name)] for name in seen.Tags()["scalars"]}
     assert len(scalars["train/loss"]) == 3
     assert {name: scalars[name][0] for name in audited(folder)} == audited(folder)
-    assert set(seen.Tags()["images"]) == {"circuit/curve", "circuit/nodes"}
+    assert set(seen.Tags()["images"]) == {"circuit/curve", "circuit/graph"}
     (text,) = seen.Tensors("circuit/kept_nodes/text_summary")
     kept = json.loads((folder / "circuit.json").read_text())["kept"]
     assert all(f"| {node['label']} |" in text.tensor_proto.string_val[0].decode() for node in kept)

@@ -605,7 +605,7 @@ class CircuitPruner(LightningModule):
 
     def results(self, folder: Path) -> Results:
         """What experiment trackers show of a run folder that holds the circuit and its audit."""
-        return circuit_results(folder, self.scheme)
+        return circuit_results(folder)
 
     def predict_step(self, raw: Any, index: int) -> list[dict[str, Any]]:
         """What the target and the circuit alone answer, prompt by prompt; the first rank answers them all."""

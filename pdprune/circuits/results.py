@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.findings import Audit
 from pdprune.circuits.node_table import COLUMNS, rows_of
-from pdprune.circuits.pictures import Line, circuit_picture, curve_picture
-from pdprune.loggers import read_metrics
-from pdprune.run_folder import METRICS_FILE
-from pdprune.tracking import Picture, Results, Table
+from pdprune.tracking import Results, Table
 
 
-def circuit_results(folder: Path, scheme: str) -> Results:
-    """The summary, the kept nodes as a table, and two pictures, from the files of a run folder.
-
-    Args:
-        folder: with a circuit and its audit.
-        scheme: what the circuit was pruned with, whose loss was logged while it was learned.
+def circuit_results(folder: Path) -> Results:
+    """The summary, and the kept nodes as a table, from the files of a run folder; its report draws the pictures.
 
     Raises:
-        UserError: the folder lacks one of them.
+        UserError: the folder lacks a circuit or its audit.
     """
     circuit, audit = Circuit.load(folder), Audit.load(folder)
-    rows = rows_of(circuit)
-
-    def draw() -> dict[str, Picture]:
-        return {
-            "circuit/curve": curve_picture(lines_while_learning(folder / METRICS_FILE, scheme), audit),
-            "circuit/nodes": circuit_picture(rows, circuit.n_nodes),
-        }
-
-    kept = Table(COLUMNS, [list(row.as_dict().values()) for row in rows])
-    return Results(summary_of(audit), {"circuit/kept_nodes": kept}, draw)
+    kept = Table(COLUMNS, [list(row.as_dict().values()) for row in rows_of(circuit)])
+    return Results(summary_of(audit), {"circuit/kept_nodes": kept})
 
 
 def summary_of(audit: Audit) -> dict[str, float | bool | None]:
@@ -49,20 +33,4 @@ def summary_of(audit: Audit) -> dict[str, float | bool | None]:
         "adversarial": audit.adversarial.loss,
         "gap": audit.adversarial.loss - audit.complete_loss,
         "faithful": audit.faithful,
-    }
-
-
-def lines_while_learning(path: Path, scheme: str) -> Mapping[str, Line]:
-    """The losses that were logged as the gates closed, by nodes then open; empty without a `metrics.csv`."""
-    logged = read_metrics(path)
-    sizes = logged.get("kept", [])
-    columns = {"complete": "complete", "stochastic": "stochastic", scheme: "loss"}
-    return {
-        name: [
-            (size, loss)
-            for size, loss in zip(sizes, logged[column], strict=True)
-            if size is not None and loss is not None
-        ]
-        for name, column in columns.items()
-        if column in logged
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from pdprune.files import write_atomically
 from pdprune.report.audited_run import AuditedRun
 from pdprune.report.comparison import comparison_of
+from pdprune.report.figures import Figures
 from pdprune.report.gather import gather
 from pdprune.report.page import comparison_page, report_page
 from pdprune.run_folder import REPORT_FILE
@@ -17,22 +18,21 @@ __all__ = ["AuditedRun", "write_comparison", "write_report"]
 Tell = Callable[[str], None]
 
 
-def write_report(run: AuditedRun, path: Path | None = None, tell: Tell = lambda doing: None) -> Path:
-    """Write the page of a run, by default as `report.html` into its folder.
+def write_report(run: AuditedRun, path: Path | None = None, tell: Tell = lambda doing: None) -> Figures:
+    """Write the page of a run, by default as `report.html` into its folder; the figures on it are returned.
 
     Raises:
         UserError: it cannot be written.
     """
-    path = run.folder / REPORT_FILE if path is None else path
-    write_atomically(path, report_page(gather(run, tell)).encode())
-    return path
+    figures = gather(run, tell)
+    write_atomically(run.folder / REPORT_FILE if path is None else path, report_page(figures).encode())
+    return figures
 
 
-def write_comparison(runs: Sequence[AuditedRun], path: Path, tell: Tell = lambda doing: None) -> Path:
+def write_comparison(runs: Sequence[AuditedRun], path: Path, tell: Tell = lambda doing: None) -> None:
     """Write the page of several runs.
 
     Raises:
         UserError: the runs do not compare, or it cannot be written.
     """
     write_atomically(path, comparison_page(comparison_of(runs, path, tell)).encode())
-    return path

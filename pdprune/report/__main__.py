@@ -14,6 +14,7 @@ from pathlib import Path
 from pdprune.errors import UserError
 from pdprune.progress import telling
 from pdprune.report import AuditedRun, write_comparison, write_report
+from pdprune.run_folder import REPORT_FILE
 
 
 def main(args: list[str] | None = None) -> int:
@@ -28,9 +29,11 @@ def main(args: list[str] | None = None) -> int:
         runs = [AuditedRun.load(folder) for folder in given.runs]
         with telling("report") as tell:
             if len(runs) == 1:
-                path = write_report(runs[0], given.out, tell)
+                path = given.out or runs[0].folder / REPORT_FILE
+                write_report(runs[0], path, tell)
             else:
-                path = write_comparison(runs, given.out or Path("comparison.html"), tell)
+                path = given.out or Path("comparison.html")
+                write_comparison(runs, path, tell)
     except UserError as error:
         print("pdprune: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from pdprune.errors import UserError
 from pdprune.report.audited_run import AuditedRun
-from pdprune.report.curve import CURVE_EXAMPLES, curve_of, ranking
+from pdprune.report.curve import size_curve
+from pdprune.report.examples import first_examples
 from pdprune.report.figures import ComparedRun, Comparison, OverlapFigures, SiteRow
 from pdprune.report.verdict import SCHEMES, checks_of, loss_title, verdict_of
-from pdprune.report.worst_case import replay, spread_examples
+from pdprune.report.worst_case import replay
 from pdprune.run_folder import CONFIG_FILE, REPORT_FILE
 
 Tell = Callable[[str], None]
@@ -51,7 +52,6 @@ def comparison_of(runs: Sequence[AuditedRun], page: Path, tell: Tell = lambda do
 
 
 def _compared(run: AuditedRun, name: str, page: Path) -> ComparedRun:
-    replayed = replay(run, spread_examples(replay(run, run.batches[0]), CURVE_EXAMPLES))
     report = run.folder / REPORT_FILE
     return ComparedRun(
         name=name,
@@ -61,7 +61,7 @@ def _compared(run: AuditedRun, name: str, page: Path) -> ComparedRun:
         n_kept=run.circuit.n_kept,
         verdict=verdict_of(run.audit, run.folder / CONFIG_FILE),
         checks=checks_of(run.audit),
-        curve=curve_of(run, replayed, ranking(run, replayed, {})),
+        curve=size_curve(run, replay(run, first_examples(run)[0])),
     )
 
 

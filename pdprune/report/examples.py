@@ -12,6 +12,8 @@ from pdprune.batches import Batch, first_tensor
 from pdprune.report.audited_run import AuditedRun
 from pdprune.report.figures import Text
 
+EXAMPLES_SHOWN = 256
+"""Held-out examples that a report looks at."""
 NUMBERS_SHOWN = 12
 """Of an example that is a vector."""
 
@@ -29,6 +31,18 @@ class Texts:
     vocabulary: list[str]
     texts: list[Text]
     first: list[int]
+
+
+def first_examples(run: AuditedRun) -> list[Batch]:
+    """The held-out batches up to a number of examples, the last of them cut."""
+    batches: list[Batch] = []
+    left = EXAMPLES_SHOWN
+    for batch in run.batches:
+        if left <= 0:
+            break
+        batches.append(batch if batch.size <= left else batch.select(torch.arange(left)))
+        left -= batch.size
+    return batches
 
 
 def texts_of(run: AuditedRun, batches: list[Batch]) -> Texts:

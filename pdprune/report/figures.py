@@ -41,12 +41,13 @@ class Check:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """The loss of the circuit of one size."""
+    """The loss of the circuit of one size, and what the adversary makes of one drawn at random."""
 
     size: int
     complete: float
-    stochastic: float
+    stochastic: float | None
     adversarial: float
+    random: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Curve:
     model_loss: float
     target_loss: float | None
     random: CurvePoint | None
-    """Circuits drawn at random, by the audit; no stochastic figure."""
+    """Circuits of the chosen size drawn at random, by the audit; no stochastic figure."""
     note: str
 
 

@@ -15,19 +15,18 @@ import torch
 
 from pdprune.batches import Batch, to_device
 from pdprune.circuits.edges import Edges, edges_of
+from pdprune.circuits.importing import FOUND_ELSEWHERE
 from pdprune.errors import UserError
 from pdprune.report.activity import Peak, peaks_of
 from pdprune.report.audited_run import AuditedRun
-from pdprune.report.curve import CURVE_EXAMPLES, curve_of, ranking
-from pdprune.report.examples import Texts, texts_of
+from pdprune.report.curve import size_curve
+from pdprune.report.examples import EXAMPLES_SHOWN, Texts, first_examples, texts_of
 from pdprune.report.figures import Context, Figures, Graph, NodeFigures, Origin, Series, Site
 from pdprune.report.verdict import checks_note, checks_of, loss_title, verdict_of
 from pdprune.report.worst_case import Replay, adversary_of, n_ablated_by_site, replay, spread_examples, without_each
 from pdprune.report.writing import written_to_outputs
 from pdprune.run_folder import CONFIG_FILE
 
-EXAMPLES_SHOWN = 256
-"""Held-out examples that contexts and sufferers are chosen from."""
 REMOVAL_PASSES = 36
 TRACING_PASSES = 20
 """Passes over the held-out examples that removing each node, and tracing each node's edges, may cost."""
@@ -52,7 +51,7 @@ def gather(run: AuditedRun, tell: Tell = lambda doing: None) -> Figures:
     """
     classes = _has_classes(run)
     tell("texts")
-    batches = _first_examples(run)
+    batches = first_examples(run)
     texts = texts_of(run, batches)
     site_names = _sites_in_order(run, batches[0])
     site_of = [site_names.index(node.components[0][0]) for node in run.model.nodes]
@@ -64,8 +63,7 @@ def gather(run: AuditedRun, tell: Tell = lambda doing: None) -> Figures:
     tell("contexts")
     nodes = _nodes(run, shown, edges, worst, removed, site_of, batches, texts, notes)
     tell("curve")
-    replayed = replay(run, spread_examples(whole, CURVE_EXAMPLES))
-    curve = curve_of(run, replayed, ranking(run, replayed, removed))
+    curve = size_curve(run, whole)
     tell("the adversary's side")
     adversary = adversary_of(run, batches, whole, site_of, classes)
     return Figures(
@@ -95,7 +93,7 @@ def gather(run: AuditedRun, tell: Tell = lambda doing: None) -> Figures:
 
 def strongest_edges(run: AuditedRun) -> tuple[list[tuple[int, int, float]], list[str]]:
     """The edges that a run's report draws, by nodes of the model and strength; and what has to be said about them."""
-    whole = replay(run, _first_examples(run)[0])
+    whole = replay(run, first_examples(run)[0])
     shown, edges, notes = _traced(run, whole, _has_classes(run))
     return [(shown[start], shown[end], strength) for start, end, strength in _strongest(edges)], notes
 
@@ -103,18 +101,6 @@ def strongest_edges(run: AuditedRun) -> tuple[list[tuple[int, int, float]], list
 def _has_classes(run: AuditedRun) -> bool:
     """Whether outputs are logits, as the audit sees it."""
     return run.audit.adversarial.flipped is not None
-
-
-def _first_examples(run: AuditedRun) -> list[Batch]:
-    """The held-out batches up to a number of examples, the last of them cut."""
-    batches: list[Batch] = []
-    left = EXAMPLES_SHOWN
-    for batch in run.batches:
-        if left <= 0:
-            break
-        batches.append(batch if batch.size <= left else batch.select(torch.arange(left)))
-        left -= batch.size
-    return batches
 
 
 def _sites_in_order(run: AuditedRun, batch: Batch) -> list[str]:
@@ -213,6 +199,11 @@ def _nodes(
     written = _written(run, shown, peaks, batches)
     if any(peaks) and not any(written.values()):
         notes.append("No raised or lowered outputs are shown: no node writes to the outputs but through later layers.")
+    if any(written.values()):
+        notes.append(
+            "Raised and lowered: what a node adds to each output in the first of its contexts, to first order, with "
+            "no help from later layers; in logits, less their mean, where outputs are logits."
+        )
     gates = run.circuit.gates.reshape(-1, run.circuit.n_nodes).amax(0)
     keep = run.circuit.keep
     found = []
@@ -373,5 +364,8 @@ def _origin(run: AuditedRun) -> Origin:
     ]
     path = shlex.quote(str(run.folder / CONFIG_FILE))
     again = shlex.quote(f"{run.folder}-again")
-    command = f"python -m pdprune.train fit --config {path} --trainer.default_root_dir {again}"
+    # What was found elsewhere can only be audited again.
+    found_elsewhere = circuit.scheme == FOUND_ELSEWHERE
+    how = f"test --circuit {shlex.quote(str(run.folder))}" if found_elsewhere else "fit"
+    command = f"python -m pdprune.train {how} --config {path} --trainer.default_root_dir {again}"
     return Origin(command, run.config_text(), facts)

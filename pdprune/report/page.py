@@ -34,17 +34,18 @@ def comparison_page(comparison: Comparison) -> str:
     return _page("comparison.html", f"{names}: circuits compared", comparison, COMPARISON_SCRIPTS)
 
 
-def _page(template: str, title: str, figures: Figures | Comparison, scripts: tuple[str, ...]) -> str:
+def _page(content: str, title: str, figures: Figures | Comparison, scripts: tuple[str, ...]) -> str:
     sources = [_script(name) for name in scripts]
     parts = {
         "title": html.escape(title),
+        "content": _asset(content),
         "style": "\n".join(_asset(name) for name in STYLES),
         "figures": inert_json(as_json(figures)),
         "scripts": "\n".join(f"<script>{source}</script>" for source in sources),
         "script_hashes": " ".join(_hash(source) for source in sources),
     }
     # All at once, so that nothing that is filled in is taken for a place to fill.
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _asset(template))
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _asset("page.html"))
 
 
 def inert_json(value: object) -> str:

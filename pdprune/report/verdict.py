@@ -6,14 +6,16 @@ import shlex
 from pathlib import Path
 
 from pdprune.circuits.findings import Audit
+from pdprune.circuits.importing import FOUND_ELSEWHERE
 from pdprune.report.figures import Check, Standing, Verdict
 
 LOSS_NAMES = {"kl": "KL to the model", "ce": "cross-entropy", "mse": "mean squared distance from the model"}
 UNITS = {"kl": " nats", "ce": " nats"}
 SCHEMES = {
-    "complete": "pruned with complete ablation",
-    "stochastic": "pruned with random ablation",
-    "adversarial": "pruned adversarially",
+    "complete": "with complete ablation",
+    "stochastic": "with random ablation",
+    "adversarial": "adversarially",
+    FOUND_ELSEWHERE: "found elsewhere",
 }
 SCOPES = {
     "batch": "one choice of what to ablate for a whole batch of {size:,} examples",

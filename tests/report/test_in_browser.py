@@ -49,7 +49,9 @@ CHECKS = [Check("the model itself", 0.04, 0.04, 1.0, 0.0), Check("the rest by th
 
 def curve(chosen: int, worst: float) -> Curve:
     sizes = [chosen // 8, chosen // 2, chosen, 960]
-    points = [CurvePoint(size, 0.01 * rank, 0.02, worst * (4 - rank)) for rank, size in enumerate(sizes)]
+    points = [
+        CurvePoint(size, 0.01 * rank, 0.02, worst * (4 - rank), worst * (5 - rank)) for rank, size in enumerate(sizes)
+    ]
     return Curve(points, CurvePoint(chosen, 0.006, 0.012, worst), "nodes", 960, 0.04, 0.15, None, HOSTILE)
 
 
@@ -201,6 +203,20 @@ def test_a_pinned_node_stays_until_it_is_let_go(report: Page) -> None:
     assert chosen(report) == "8"
     report.evaluate("document.querySelector('#details button').click()")
     assert not report.evaluate("document.getElementById('details').classList.contains('pinned')")
+
+
+def test_the_address_leads_to_the_pinned_node(browser: Browser, pages: Path) -> None:
+    page = browser.open(pages / "report.html")
+    page.evaluate("pdprune.graph.pin(7)")
+    address = page.evaluate("location.href")
+    assert address.endswith("#node=blocks.1.mlp.down%3A7")
+    page.evaluate("pdprune.graph.pin(null)")
+    assert "node" not in page.evaluate("location.hash")
+    page.evaluate(f"location.hash = '{address.partition('#')[2]}'; delete document.documentElement.dataset.ready")
+    page.send("Page.reload")
+    page.wait_for("document.documentElement?.dataset.ready === 'true'")
+    assert chosen(page) == "7" and "blocks.1.mlp.down:7" in page.text("#details")
+    assert page.complaints() == []
 
 
 def test_tapping_on_a_narrow_screen(browser: Browser, pages: Path) -> None:

@@ -113,6 +113,9 @@ def test_the_adversarys_line_never_rises_and_ends_at_the_model() -> None:
     worst = [point["adversarial"] for point in points]
     assert worst == sorted(worst, reverse=True)
     assert points[-1]["complete"] == pytest.approx(curve["model_loss"], abs=1e-6)
+    drawn_at_random = [point["random"] for point in points]
+    assert drawn_at_random == sorted(drawn_at_random, reverse=True)
+    assert drawn_at_random[-1] == pytest.approx(worst[-1], abs=1e-6), "of all nodes there is one circuit"
     for point in points:
         assert point["adversarial"] >= max(point["complete"], point["stochastic"]) - 1e-6
 
@@ -167,6 +170,7 @@ def test_several_runs_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     figures = figures_in(Path("pages/both.html"))
     assert [run["name"] for run in figures["runs"]] == ["circuit", "small"]
     assert [run["link"] for run in figures["runs"]] == ["../runs/circuit/report.html", "../runs/small/report.html"]
+    assert figures["runs"][0]["curve"] == figures_in(Path("runs/circuit/report.html"))["curve"], "one curve, two pages"
     first, second = kept_by("circuit"), kept_by("small")
     (overlap,) = figures["overlaps"]
     assert overlap["both"] == len(first & second)

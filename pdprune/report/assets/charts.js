@@ -10,6 +10,7 @@ pdprune.chart = (
   container,
   { lines, marks = [], levels = [], shaded = null, xTitle, yTitle, height = 330, logX = false, logY = false },
 ) => {
+  const isSmall = height < 200; // its legend names the axis
   const xs = [...new Set(lines.flatMap((line) => line.points.map(([x]) => x)))]
     .filter((x) => !logX || x > 0)
     .sort((a, b) => a - b);
@@ -54,7 +55,7 @@ pdprune.chart = (
           },
         },
         axes: [
-          { ...axis, label: xTitle, labelSize: 20, size: 34, values: (_, splits) => splits.map(tick) },
+          { ...axis, label: isSmall ? null : xTitle, labelSize: isSmall ? 0 : 20, size: 34, values: (_, splits) => splits.map(tick) },
           {
             ...axis,
             label: yTitle || null,
@@ -159,7 +160,7 @@ pdprune.isWide = (curves) => {
   return sizes.length > 0 && Math.max(...sizes) / Math.min(...sizes) > 30;
 };
 
-/** Loss by size under the three schemes; discs are the audit's figures at the chosen size, rings random circuits'. */
+/** Loss by size under the three schemes; discs are the audit's figures at the chosen size, rings those of random circuits. */
 pdprune.curveChart = (container, curve, lossTitle) => {
   const line = (name, key, dash) => ({
     name,
@@ -174,6 +175,7 @@ pdprune.curveChart = (container, curve, lossTitle) => {
       line("the rest ablated", "complete", [2, 4]),
       line("at random", "stochastic", [9, 4]),
       line("by the adversary", "adversarial"),
+      line("random circuits, by the adversary", "random", [12, 3, 2, 3]),
     ],
     levels: [
       { name: "the model", colour: "model", y: curve.model_loss, dash: [1, 3] },

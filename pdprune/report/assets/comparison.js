@@ -31,6 +31,11 @@
     ),
   );
 
+  /** A line across, where it is the same for all runs. */
+  const level = (name, colour, dash, key) => {
+    const y = runs[0].curve[key];
+    return y !== null && runs.every((run) => run.curve[key] === y) ? [{ name, colour, dash, y }] : [];
+  };
   const dashes = { complete: [2, 4], stochastic: [9, 4], adversarial: undefined };
   const draw = (schemes) => {
     const chart = element("div");
@@ -38,7 +43,7 @@
     pdprune.chart(chart, {
       lines: runs.flatMap((run, index) =>
         schemes.map((scheme) => ({
-          name: `${run.name}: ${titles[scheme]}`,
+          name: schemes.length === 1 ? run.name : `${run.name}: ${titles[scheme]}`,
           colour: tone(index),
           dash: dashes[scheme],
           points: run.curve.points.map((point) => [point.size, point[scheme]]),
@@ -52,10 +57,7 @@
           y: run.curve.chosen[scheme],
         })),
       ),
-      levels:
-        runs[0].curve.target_loss === null
-          ? []
-          : [{ name: "target", colour: "ink", dash: [6, 4], y: runs[0].curve.target_loss }],
+      levels: [...level("the model", "model", [1, 3], "model_loss"), ...level("target", "ink", [6, 4], "target_loss")],
       xTitle: `${runs[0].curve.unit} kept`,
       yTitle: figures.loss,
       logX: pdprune.isWide(runs.map((run) => run.curve)),
@@ -79,7 +81,7 @@
   const first = runs[0];
   const rows = [
     { name: `nodes kept of ${count(first.n_nodes)}`, cell: (run) => count(run.n_kept) },
-    { name: "pruned with", cell: (run) => run.scheme },
+    { name: "how it was pruned", cell: (run) => run.scheme },
     ...first.checks.map((check) => ({
       name: `${figures.loss}, ${check.name}`,
       cell: (run) => {

@@ -228,10 +228,23 @@ pdprune.circuitGraph = () => {
     state.pinned = place;
     state.hovered = place;
     refresh();
+    putInAddress(place);
     if (place === null) return;
     bringIntoView(place);
     if (matchMedia("(max-width: 900px)").matches)
       document.getElementById("details").scrollIntoView({ block: "nearest" });
+  };
+  // The address leads to the pinned node, so that it can be handed on; a page inside another has none of its own.
+  const putInAddress = (place) => {
+    try {
+      history.replaceState(null, "", place === null ? "#" : `#node=${encodeURIComponent(graph.nodes[place].label)}`);
+    } catch (error) {
+      if (error.name !== "SecurityError") throw error;
+    }
+  };
+  const inAddress = () => {
+    const place = graph.nodes.findIndex((node) => location.hash === `#node=${encodeURIComponent(node.label)}`);
+    return place < 0 ? null : place;
   };
   const bringIntoView = (place) => {
     const at = cy.getElementById(String(place)).renderedPosition();
@@ -436,4 +449,8 @@ pdprune.circuitGraph = () => {
   refresh();
   fit();
   pdprune.graph = { cy, pin, state };
+  if (inAddress() !== null) {
+    pin(inAddress());
+    document.getElementById("circuit").scrollIntoView();
+  }
 };

@@ -56,7 +56,7 @@
       "curve-note",
       element("span", { class: "mark" }, "●"),
       " the chosen circuit, by the audit. ",
-      curve.random === null ? null : [element("span", { class: "mark" }, "○"), " random circuits of its size. "],
+      curve.random === null ? null : [element("span", { class: "mark" }, "○"), " random circuits of its size, by the audit. "],
       curve.note,
     );
     const has = (key) => checks.some((check) => check[key] !== null);
@@ -95,7 +95,7 @@
       free = sites.reduce((sum, site) => sum + site.n_nodes - site.n_kept, 0);
     fill(
       "adversary-lead",
-      `Its worst source ablates ${count(ablated)} of the ${count(free)} nodes that are not kept, and leaves the others alone. ${adversary.notes.join(" ")}`,
+      `Its worst source ablates ${count(ablated)} of the ${count(free)} nodes that are not kept, and leaves the others alone (source 0: ablated; 1: left alone). ${adversary.notes.join(" ")}`,
     );
     const key = (kind, told) =>
       element("span", {}, element("span", { class: "key", style: `background: var(--${kind})` }), told, "   ");
