@@ -27,6 +27,7 @@ from targets.tiny_models import save_byte_level, save_model
 from pdprune import cluster, compare, export
 from pdprune.circuits.prune import prune
 from pdprune.circuits.selection import Selection
+from pdprune.sweep import Sweep
 from pdprune.targets.toys import TMS, TMSConfig
 from pdprune.train import main
 
@@ -122,6 +123,9 @@ class Session:
             case "python docs/picture.py":
                 self.have_runs(arguments)
                 runpy.run_path("docs/picture.py")["draw"]([Path(run) for run in arguments], self.folder / "picture.png")
+            case "python -m pdprune.sweep":
+                assert Sweep.read(Path(arguments[0])).trials(None)
+                self.parse("pdprune.sweep", arguments)
             case "python -m pdprune.claims":
                 self.parse("pdprune.claims.__main__", arguments)
             case "python -m pdprune.decomposition.export":
