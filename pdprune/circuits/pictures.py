@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pdprune.circuits.findings import Audit
+from pdprune.circuits.frontier_curve import Frontier
 from pdprune.circuits.node_table import NodeRow
 from pdprune.tracking import Picture
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SCHEMES = {"complete": "rest ablated", "stochastic": "rest at random", "adversarial": "rest by the adversary"}
@@ -47,13 +49,34 @@ def curve_picture(lines: Mapping[str, Line], audit: Audit) -> Picture:
         label = f"asked for: {audit.target_loss:.3g}"
         axes.axhline(audit.target_loss, color="black", linestyle=":", linewidth=1, label=label)
     largest = max([*found.values(), *(loss for line in lines.values() for _, loss in line)])
+    _loss_by_size(axes, largest, audit.n_nodes, audit.loss)
+    axes.legend(frameon=False, fontsize=8, title=f"audit of the chosen {audit.n_kept:,}", title_fontsize=8)
+    return _pixels(figure)
+
+
+def frontier_picture(frontier: Frontier) -> Picture:
+    """Loss by number of nodes kept: a disc a level and scheme, by its audit."""
+    figure = _figure(6.4, 3.6)
+    axes = figure.add_subplot()
+    sizes = [point.n_kept for point in frontier.points]
+    for scheme, words in SCHEMES.items():
+        losses = [getattr(point, f"{scheme}_loss") for point in frontier.points]
+        axes.plot(sizes, losses, "o-", color=COLOURS[scheme], linewidth=1, label=words)
+    label = f"nothing ablated: {frontier.model_loss:.3g}"
+    axes.axhline(frontier.model_loss, color="black", linestyle=":", linewidth=1, label=label)
+    highest = (max(point.complete_loss, point.stochastic_loss, point.adversarial_loss) for point in frontier.points)
+    _loss_by_size(axes, max(highest), frontier.n_nodes, frontier.loss)
+    axes.legend(frameon=False, fontsize=8)
+    return _pixels(figure)
+
+
+def _loss_by_size(axes: Axes, largest: float, n_nodes: int, loss: str) -> None:
+    """The axes of both."""
     axes.set_yscale("symlog", linthresh=max(largest, 1e-9) * SCALE_OF_ZERO)
     axes.set_ylim(0, 2 * max(largest, 1e-9))
-    axes.set_xlabel(f"nodes kept, of {audit.n_nodes:,}")
-    axes.set_ylabel(f"loss ({audit.loss})")
-    axes.legend(frameon=False, fontsize=8, title=f"audit of the chosen {audit.n_kept:,}", title_fontsize=8)
+    axes.set_xlabel(f"nodes kept, of {n_nodes:,}")
+    axes.set_ylabel(f"loss ({loss})")
     axes.spines[["top", "right"]].set_visible(False)
-    return _pixels(figure)
 
 
 def circuit_picture(rows: Sequence[NodeRow], n_nodes: int) -> Picture:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.findings import Audit
+from pdprune.circuits.frontier_curve import Frontier, FrontierPoint
 from pdprune.circuits.node_table import COLUMNS, rows_of
-from pdprune.circuits.pictures import Line, circuit_picture, curve_picture
+from pdprune.circuits.pictures import Line, circuit_picture, curve_picture, frontier_picture
 from pdprune.loggers import read_metrics
 from pdprune.run_folder import METRICS_FILE
 from pdprune.tracking import Picture, Results, Table
@@ -35,6 +37,20 @@ def circuit_results(folder: Path, scheme: str) -> Results:
 
     kept = Table(COLUMNS, [list(row.as_dict().values()) for row in rows])
     return Results(summary_of(audit), {"circuit/kept_nodes": kept}, draw)
+
+
+def frontier_results(frontier: Frontier) -> Results:
+    """The levels as a table, the smallest and the largest circuit, and the curve."""
+    rows = [asdict(point) for point in frontier.points]
+    sizes = [point.n_kept for point in frontier.points]
+    summary = {
+        "levels": len(rows),
+        "least_kept": min(sizes),
+        "most_kept": max(sizes),
+        "faithful_levels": sum(point.faithful is True for point in frontier.points),
+    }
+    table = Table([field.name for field in fields(FrontierPoint)], [list(row.values()) for row in rows])
+    return Results(summary, {"frontier/levels": table}, lambda: {"frontier/curve": frontier_picture(frontier)})
 
 
 def summary_of(audit: Audit) -> dict[str, float | bool | None]:
