@@ -45,6 +45,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from omegaconf.errors import OmegaConfBaseException
 
 from pdprune.callbacks import LogEachValueOnce, OpenRunFolder, RunCheckpoint, StepProgress
+from pdprune.circuits.frontier import FrontierPruner
 from pdprune.circuits.importing import read_circuit
 from pdprune.circuits.pruning import CircuitPruner
 from pdprune.config_errors import Given, explain
@@ -53,7 +54,7 @@ from pdprune.files import write_atomically
 from pdprune.loggers import MetricsCsv
 from pdprune.progress import telling
 from pdprune.ranks import is_first_process, require_as_many_as_launched
-from pdprune.run_folder import REPORT_FILE, AtomicCheckpointIO, RunFolder, read_checkpoint
+from pdprune.run_folder import FRONTIER_PAGE, REPORT_FILE, AtomicCheckpointIO, RunFolder, read_checkpoint
 from pdprune.tracking import Results, show_results
 
 TRAINER_DEFAULTS = {
@@ -286,18 +287,25 @@ class PdpruneCLI(LightningCLI):
         print(f"Wrote {len(lines)} predictions to {path}")
 
     def _write_report(self, model: LightningModule) -> None:
-        """The page of a circuit's run. Its results are safe by now: a page that fails is told of, and costs nothing."""
-        if not isinstance(model, CircuitPruner) or not self.trainer.is_global_zero:
+        """The page of a circuit's run, or a frontier's.
+
+        Its results are safe by now: a page that fails is told of, and costs nothing.
+        """
+        if not isinstance(model, CircuitPruner | FrontierPruner) or not self.trainer.is_global_zero:
             return
-        from pdprune.report import AuditedRun, write_report  # for circuits only
+        from pdprune.report import AuditedRun, write_frontier, write_report  # for circuits only
 
         folder = self.folder.path
+        name = FRONTIER_PAGE if isinstance(model, FrontierPruner) else REPORT_FILE
         try:
             with telling("report") as tell:
-                write_report(AuditedRun.of(model, self.datamodule, folder), tell=tell)
+                if isinstance(model, FrontierPruner):
+                    write_frontier(folder)
+                else:
+                    write_report(AuditedRun.of(model, self.datamodule, folder), tell=tell)
         except Exception as error:
-            (folder / REPORT_FILE).unlink(missing_ok=True)  # it would show an earlier audit
-            print(f"pdprune: no {REPORT_FILE} was written: {' '.join(str(error).split())}", file=sys.stderr)
+            (folder / name).unlink(missing_ok=True)  # it would show an earlier audit
+            print(f"pdprune: no {name} was written: {' '.join(str(error).split())}", file=sys.stderr)
 
     def _show_results(self, model: LightningModule) -> None:
         """Hand what came out to the loggers. It is safe on disk by now: a tracker that fails is told of, no more."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pdprune.circuits.frontier_curve import Frontier
 from pdprune.files import write_atomically
 from pdprune.report.audited_run import AuditedRun
 from pdprune.report.comparison import comparison_of
+from pdprune.report.frontier import frontier_figures
 from pdprune.report.gather import gather
-from pdprune.report.page import comparison_page, report_page
-from pdprune.run_folder import REPORT_FILE
+from pdprune.report.page import comparison_page, frontier_page, report_page
+from pdprune.run_folder import FRONTIER_PAGE, REPORT_FILE
 
-__all__ = ["AuditedRun", "write_comparison", "write_report"]
+__all__ = ["AuditedRun", "write_comparison", "write_frontier", "write_report"]
 
 Tell = Callable[[str], None]
 
@@ -35,4 +37,15 @@ def write_comparison(runs: Sequence[AuditedRun], path: Path, tell: Tell = lambda
         UserError: the runs do not compare, or it cannot be written.
     """
     write_atomically(path, comparison_page(comparison_of(runs, path, tell)).encode())
+    return path
+
+
+def write_frontier(folder: Path) -> Path:
+    """Write `frontier.html` into the folder of a frontier's run.
+
+    Raises:
+        UserError: the folder has no `frontier.json`, or the page cannot be written.
+    """
+    path = folder / FRONTIER_PAGE
+    write_atomically(path, frontier_page(frontier_figures(Frontier.load(folder), folder.resolve().name)).encode())
     return path
