@@ -127,9 +127,7 @@ def test_a_finished_frontier_is_refused_and_replaced_on_demand(
     assert not list(FOLDER.glob(f"levels/{LEVELS[0]}/*"))
 
 
-def test_validate_test_and_predict_a_finished_frontier(
-    uninterrupted: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_validate_test_and_predict_a_finished_frontier(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(uninterrupted, FOLDER)
     assert main(["validate", "--config", "frontier.yaml"]) == 0
     assert "select/adversarial/target_loss-0.2" in capsys.readouterr().out
