@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -50,13 +51,17 @@ class Untrained(FrontierPruner):
         loss = MaskedLoss(self.model, batch)
         for theta in self.parameters():
             theta.grad = None
-        self._play([loss] * len(self.levels), 0, Tensor.backward)
+        self._play([loss] * len(self.levels), 0)
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        loss.backward()
 
 
 def step_of(model: pdprune.DecomposedModel, batch: Any, n_levels: int) -> Callable[[], None]:
     prices = tuple(0.1 * (level + 1) for level in range(n_levels))
     frontier = Untrained(model, Levels(coefficient=prices), adversary=TrainingAdversary("fresh"))
     frontier.prepare(Batches(batch.raw))
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     quiet = Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)  # says what step it is
     for level in frontier.levels.values():
         level.trainer = quiet
