@@ -2,6 +2,8 @@
 
 from pdprune.circuits.audit import Audit, audit
 from pdprune.circuits.circuit import Circuit
+from pdprune.circuits.frontier import FrontierPruner
+from pdprune.circuits.frontier_curve import Frontier
 from pdprune.circuits.prune import prune
 from pdprune.circuits.pruning import CircuitPruner
 from pdprune.decomposition import DecomposedModel, Node, decompose
@@ -17,6 +19,8 @@ __all__ = [
     "ComponentLearner",
     "DecomposedModel",
     "Decomposition",
+    "Frontier",
+    "FrontierPruner",
     "Node",
     "NonFiniteLossError",
     "UserError",

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jsonargparse
 from omegaconf.errors import OmegaConfBaseException
+
+_ANY_POSITIONAL, _ANY_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 _NOT_ACCEPTED = re.compile(
     r"Option '(?P<option>[^']+)' is not accepted"
@@ -164,7 +167,12 @@ def _parameters_of(class_path: str, path: list[str]) -> list[str]:
         found = getattr(importlib.import_module(module), name)
         for step in path:
             found = typing.get_type_hints(found.__init__)[step]
-        return [name for name in inspect.signature(found).parameters if name not in ("self", "args", "kwargs")]
+        kinds = {name: parameter.kind for name, parameter in inspect.signature(found).parameters.items()}
+        left_out = (_ANY_POSITIONAL, _ANY_KEYWORD)
+        names = [name for name, kind in kinds.items() if name != "self" and kind not in left_out]
+        # Arguments that are handed on by `**` are another constructor's, which jsonargparse has looked up.
+        handed_on = jsonargparse.ArgumentParser().add_class_arguments(found) if _ANY_KEYWORD in kinds.values() else []
+        return list(dict.fromkeys([*names, *(key.split(".")[0] for key in handed_on)]))
     except (ImportError, AttributeError, KeyError, NameError, TypeError, ValueError):
         return []  # only the suggestion is lost
 

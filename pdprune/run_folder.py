@@ -27,6 +27,10 @@ from pdprune.files import write_atomically
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
 REPORT_FILE = "report.html"
+FRONTIER_FILE = "frontier.json"
+FRONTIER_TABLE = "frontier.csv"
+FRONTIER_PAGE = "frontier.html"
+LEVELS_FOLDER = "levels"
 RESULT_FILES = (
     CONFIG_FILE,
     METRICS_FILE,
@@ -38,11 +42,16 @@ RESULT_FILES = (
     "decomposition_audit.json",
     "predictions.jsonl",
     REPORT_FILE,
+    FRONTIER_FILE,
+    FRONTIER_TABLE,
+    FRONTIER_PAGE,
     "export/circuit.graphml",
     "export/circuit.node_link.json",
     "export/nodes.csv",
     "export/nodes.parquet",
 )
+LEVEL_FILES = ("circuit.json", "circuit.safetensors", "audit.json")
+"""Of every level of a frontier, in a folder of its own."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -111,7 +120,7 @@ class RunFolder:
         """Whether a fit came to its end here. Results whose checkpoints were deleted count as finished too."""
         if self._finished_mark.exists():
             return True
-        results = ("circuit.json", "audit.json", "decomposition_audit.json")
+        results = ("circuit.json", "audit.json", "decomposition_audit.json", FRONTIER_FILE)
         return not self.has_checkpoint and any((self.path / name).exists() for name in results)
 
     def mark_finished(self) -> None:
@@ -172,6 +181,9 @@ class RunFolder:
         """Remove an earlier run's files; whatever else lies in the folder stays."""
         for name in RESULT_FILES:
             (self.path / name).unlink(missing_ok=True)
+        for path in self.path.glob(f"{LEVELS_FOLDER}/*/*"):
+            if path.name in LEVEL_FILES:
+                path.unlink()
         leftovers = (*self.path.glob(".*.tmp"), *self.checkpoints.glob("*.tmp"))
         for path in (*leftovers, *self.checkpoints.glob("*.ckpt"), self._finished_mark):
             path.unlink(missing_ok=True)

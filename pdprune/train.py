@@ -46,6 +46,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from omegaconf.errors import OmegaConfBaseException
 
 from pdprune.callbacks import LogEachValueOnce, OpenRunFolder, RunCheckpoint, StepProgress
+from pdprune.circuits.frontier import FrontierPruner
 from pdprune.circuits.importing import read_circuit
 from pdprune.circuits.pruning import CircuitPruner
 from pdprune.config_errors import Given, explain
@@ -54,11 +55,11 @@ from pdprune.files import write_atomically
 from pdprune.loggers import MetricsCsv
 from pdprune.progress import telling
 from pdprune.ranks import is_first_process, require_as_many_as_launched
-from pdprune.run_folder import REPORT_FILE, AtomicCheckpointIO, RunFolder, read_checkpoint
+from pdprune.run_folder import FRONTIER_PAGE, REPORT_FILE, AtomicCheckpointIO, RunFolder, read_checkpoint
 from pdprune.tracking import Results, show_results
 
 if TYPE_CHECKING:
-    from pdprune.report.figures import Figures
+    from pdprune.report.figures import Figures, FrontierFigures
 
 TRAINER_DEFAULTS = {
     "enable_model_summary": False,
@@ -288,22 +289,28 @@ class PdpruneCLI(LightningCLI):
         write_atomically(path, "".join(lines).encode())
         print(f"Wrote {len(lines)} predictions to {path}")
 
-    def _write_report(self, model: LightningModule) -> Figures | None:
-        """The page of a circuit's run. Its results are safe by now: a page that fails is told of, and costs nothing."""
-        if not isinstance(model, CircuitPruner) or not self.trainer.is_global_zero:
+    def _write_report(self, model: LightningModule) -> Figures | FrontierFigures | None:
+        """The page of a circuit's run, or a frontier's; the figures on it are returned.
+
+        Its results are safe by now: a page that fails is told of, and costs nothing.
+        """
+        if not isinstance(model, CircuitPruner | FrontierPruner) or not self.trainer.is_global_zero:
             return None
-        from pdprune.report import AuditedRun, write_report  # for circuits only
+        from pdprune.report import AuditedRun, write_frontier, write_report  # for circuits only
 
         folder = self.folder.path
+        name = FRONTIER_PAGE if isinstance(model, FrontierPruner) else REPORT_FILE
         try:
             with telling("report") as tell:
-                return write_report(AuditedRun.of(model, self.datamodule, folder), tell=tell)
+                if isinstance(model, CircuitPruner):
+                    return write_report(AuditedRun.of(model, self.datamodule, folder), tell=tell)
+                return write_frontier(folder)
         except Exception as error:
-            (folder / REPORT_FILE).unlink(missing_ok=True)  # it would show an earlier audit
-            print(f"pdprune: no {REPORT_FILE} was written: {' '.join(str(error).split())}", file=sys.stderr)
+            (folder / name).unlink(missing_ok=True)  # it would show an earlier audit
+            print(f"pdprune: no {name} was written: {' '.join(str(error).split())}", file=sys.stderr)
         return None
 
-    def _show_results(self, model: LightningModule, figures: Figures | None) -> None:
+    def _show_results(self, model: LightningModule, figures: Figures | FrontierFigures | None) -> None:
         """Hand what came out to the loggers, with the report's pictures if there is one.
 
         It is safe on disk by now: a tracker that fails is told of, no more.

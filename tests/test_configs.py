@@ -73,7 +73,8 @@ def test_config_runs_a_step(
     layers = [OVERLAYS[name], name] if name in OVERLAYS else [name]
     arguments = [argument for layer in layers for argument in ("--config", str(CONFIGS / layer))]
     # The rest of a fit, warm-up, selection and audit, has tests of its own, on smaller networks.
-    for module in ("circuits.pruning.CircuitPruner", "decomposition.learning.ComponentLearner"):
+    finishing = ("circuits.pruning.CircuitPruner", "circuits.frontier.FrontierPruner")
+    for module in (*finishing, "decomposition.learning.ComponentLearner"):
         monkeypatch.setattr(f"pdprune.{module}.finish", lambda *_, **__: None)
     monkeypatch.setattr("pdprune.decomposition.learning.warm_up", lambda *_: None)
     arguments += LARGE.get(name, [])

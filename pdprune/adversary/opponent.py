@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pdprune.adversary.attack import Ascent, Climber, attack
+from pdprune.adversary.attack import Ascent, Climber, Worst, attack
 from pdprune.adversary.game import Game
 from pdprune.errors import UserError
 from pdprune.seeding import generator
@@ -87,6 +89,15 @@ class Opponent(nn.Module):
                 turn = self._turn(step)
                 return game.corner(0.0) if turn is None else game.project(self.sources[turn])
 
+    def met_by_gates(self, game: Game, step: int) -> Float[Tensor, "*lead E"]:
+        """What the gates meet of it; under `free` with room for the gradient that it will climb along.
+
+        What the adversary does to a wholly kept node makes no difference, but its gate's gradient asks what would
+        happen without it: there it would be ablated.
+        """
+        entries = self.choose(game, step).detach().masked_fill(~game.free, 0)
+        return entries.requires_grad_(self.settings.mode == "free")
+
     def learn(self, game: Game, step: int, gradient: Float[Tensor, "*lead E"]) -> None:
         """Climb along the keep step's own gradient; only `free` does."""
         turn = self._turn(step)
@@ -109,10 +120,13 @@ class Opponent(nn.Module):
                 climber.step()
             self._carry(game, particle, climber)
             candidates.append(climber.entries)
+        ablated, unablated, *climbed = candidates
         with torch.no_grad():
-            ablated, _, *climbed = candidates
-            losses = [game.loss(ablated), game.unablated_loss(), *map(game.loss, climbed)]
-        return candidates[int(torch.stack([loss.mean() for loss in losses]).argmax())]
+            worst = Worst(game, ablated, game.loss(ablated))
+            worst.meet(unablated, game.unablated_loss())
+        for entries in climbed:
+            worst.play(entries)
+        return worst.entries
 
     def _climber(self, game: Game, particle: int, taken: int) -> Climber:
         moments = self.moments[particle].clone()
@@ -124,3 +138,15 @@ class Opponent(nn.Module):
         assert climber.moments is not None
         self.sources[particle] = torch.where(game.free, climber.entries, self.sources[particle])
         self.moments[particle] = climber.moments
+
+
+@contextmanager
+def as_one(opponents: Sequence[Opponent]) -> Iterator[Opponent]:
+    """Several opponents of one kind as one that plays `SeveralCircuits`; what it carries on is theirs afterwards."""
+    joint = Opponent(opponents[0].settings, (), 0, opponents[0].seed)
+    joint.sources = torch.stack([opponent.sources for opponent in opponents], dim=1)
+    joint.moments = torch.stack([opponent.moments for opponent in opponents], dim=2)
+    yield joint
+    for row, opponent in enumerate(opponents):
+        opponent.sources.copy_(joint.sources[:, row])
+        opponent.moments.copy_(joint.moments[:, :, row])

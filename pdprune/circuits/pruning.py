@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
@@ -105,6 +105,11 @@ class AuditSettings:
 
     def __post_init__(self) -> None:
         require_compute("audit: compute", self.compute)
+
+    def longer(self) -> AuditSettings:
+        """What the command `test` checks: the ladder of budgets, the second attack, every removal."""
+        hypotheses = replace(self.hypotheses, removals=True)
+        return replace(self, ladder=self.test_ladder, second=True, hypotheses=hypotheses)
 
 
 @dataclass(frozen=True)
@@ -264,15 +269,15 @@ class CircuitPruner(LightningModule):
 
     # -- setting up ------------------------------------------------------------------------------------------------
 
-    def prepare(self, data: CircuitData) -> None:
-        """Measure what training reads off the data: the reference, and the number of positions.
+    def prepare(self, data: CircuitData, reference: Reference | None = None) -> None:
+        """Measure what training reads off the data: the reference, unless it is known, and the number of positions.
 
         Raises:
             UserError: if the data do not fit what was asked for.
         """
         batches = as_batches(data.train_batches())
         first = MaskedLoss(self.model, batches[0], self.loss)
-        self._reference = Reference.measure(self.reference_kind, self.model, batches, self.seed)
+        self._reference = reference or Reference.measure(self.reference_kind, self.model, batches, self.seed)
         shape = self._gate_shape(first)
         self.goal.check_fits(shape.numel())
         gates = torch.ones(shape, device=self.model.delta_sites.device)
@@ -324,28 +329,56 @@ class CircuitPruner(LightningModule):
     def training_step(self, raw: Any, index: int) -> None:
         """The adversary ascends, the gates descend, and the price of a node follows the objective."""
         step = self.global_step
-        loss = self._shared_loss(as_batch(raw), step)
-        gates = self.gate_map.gates(self.theta, generator(self.seed, "gate-noise", step))
-        entries = self._sources(Game([loss], [gates.detach()], self.scope, self.adversary.max_ablated), step)
-
-        game = Game([loss], [gates], self.scope)
-        data_loss = game.mean_loss(entries)
-        price = self.learning.sparsity(self.gate_map.presence(self.theta), self.progress)
-        total = data_loss * self._loss_weight() + self._price(float(data_loss.detach())) * price
-        self._stop_if_not_finite(total, step)
-
+        loss = self.shared_loss(as_batch(raw), step)
         optimizer = cast(LightningOptimizer, self.optimizers())
         optimizer.zero_grad()
-        self.manual_backward(total)
+        data_loss = self.play(loss, step, self.manual_backward)
+        optimizer.step()
+        self.after_step()
+        self._log_step(loss, data_loss, step)
+
+    def play(self, loss: MaskedLoss, step: int, backward: Callable[[Tensor], None]) -> Float[Tensor, ""]:
+        """What happens between two steps of the optimiser: the adversary's ascent, and the gradients of the gates.
+
+        Args:
+            loss: of the training batch.
+            step: the keep step.
+            backward: leaves the gradients of the objective on the gates' parameters, and on sources that want one.
+
+        Returns:
+            the loss that the gates met.
+        """
+        gates = self.noisy_gates(step)
+        entries = self.sources(self.game(loss, gates.detach()), step)
+        game = Game([loss], [gates], self.scope)
+        data_loss = game.mean_loss(entries)
+        backward(self.objective(data_loss, float(data_loss.detach()), step))
         if entries.grad is not None:
             self.opponent.learn(game, step, game.gradient(entries.grad))
-        optimizer.step()
+        return data_loss.detach()
+
+    def noisy_gates(self, step: int) -> Float[Tensor, "*lead n"]:
+        """The gates as a keep step meets them: random ones where the gate map samples."""
+        return self.gate_map.gates(self.theta, generator(self.seed, "gate-noise", step))
+
+    def game(self, loss: MaskedLoss, gates: Float[Tensor, "*lead n"]) -> Game:
+        """What the adversary plays against gates on a training batch."""
+        return Game([loss], [gates], self.scope, self.adversary.max_ablated)
+
+    def objective(self, data_loss: Float[Tensor, ""], met: float, step: int) -> Float[Tensor, ""]:
+        """What the gates descend on: the loss, of which `met` is the value, and the price of what is kept."""
+        price = self.learning.sparsity(self.gate_map.presence(self.theta), self.progress)
+        total = data_loss * self._loss_weight() + self._price(met) * price
+        self._stop_if_not_finite(total, step)
+        return total
+
+    def after_step(self) -> None:
+        """What follows a step of the optimiser."""
         self._loss_scale.after_step()
         self._remember_gates()
         self.selected = None
-        self._log_step(loss, data_loss.detach(), step)
 
-    def _shared_loss(self, batch: Batch, step: int) -> MaskedLoss:
+    def shared_loss(self, batch: Batch, step: int) -> MaskedLoss:
         """The loss of a training batch, of which `batch` is this rank's share."""
         assert self._reference is not None
         ranks = Ranks.of(self.trainer)
@@ -360,7 +393,7 @@ class CircuitPruner(LightningModule):
             norm_scales=self.norm_scales,
         )
 
-    def _sources(self, game: Game, step: int) -> Float[Tensor, "*lead E"]:
+    def sources(self, game: Game, step: int) -> Float[Tensor, "*lead E"]:
         """What is done to the not-kept nodes at this keep step: by the adversary's choice, by chance, or ablation."""
         match self.scheme:
             case "complete":
@@ -368,10 +401,7 @@ class CircuitPruner(LightningModule):
             case "stochastic":
                 return self.draws.entries(game, generator(self.seed, "draw", step))
             case "adversarial":
-                # What the adversary does to a wholly kept node makes no difference, but its gate's gradient asks what
-                # would happen without it: there it would be ablated.
-                entries = self.opponent.choose(game, step).detach().masked_fill(~game.free, 0)
-                return entries.requires_grad_(self.adversary.mode == "free")
+                return self.opponent.met_by_gates(game, step)
 
     @property
     def progress(self) -> float:
@@ -417,12 +447,17 @@ class CircuitPruner(LightningModule):
     def _log_step(self, loss: MaskedLoss, data_loss: Tensor, step: int) -> None:
         if not cast(Any, self.trainer).log_every_n_steps:  # from Python: nobody reads along
             return
+        values = self.values_at(loss, data_loss, step)
+        unseen = {name: values.pop(name) for name in ("gate_sum", "price")}
+        self.log_dict(values, prog_bar=True, batch_size=loss.size)
+        self.log_dict(unseen, batch_size=loss.size)
+
+    def values_at(self, loss: MaskedLoss, data_loss: Tensor, step: int) -> dict[str, Tensor | float]:
+        """What is logged of a keep step."""
         gates = self.gates()
         values = {"loss": data_loss, "kept": (gates > 0.5).sum().float()}
-        self.log_dict(values, prog_bar=True, batch_size=loss.size)
-        self.log_dict({"gate_sum": gates.sum(), "price": self.log_price.exp()}, batch_size=loss.size)
-        if step % DISPLAY_EVERY == 0:
-            self.log_dict(self._scheme_losses(loss, (gates > 0.5).float(), step), prog_bar=True, batch_size=loss.size)
+        values |= {"gate_sum": gates.sum(), "price": self.log_price.exp()}
+        return values | (self._scheme_losses(loss, (gates > 0.5).float(), step) if step % DISPLAY_EVERY == 0 else {})
 
     def _scheme_losses(self, loss: MaskedLoss, keep: Float[Tensor, "*lead n"], step: int) -> dict[str, float]:
         """What the open gates alone cost on one batch, under the two schemes that need no attack."""
@@ -436,9 +471,15 @@ class CircuitPruner(LightningModule):
 
     def select(self, data: CircuitData, report: Report = silent) -> Selected:
         """The circuit, chosen on the select split (see `selection.py`); deterministic, whatever ran before."""
+        return self.select_on(self.select_losses(data), report)
+
+    def select_losses(self, data: CircuitData) -> list[MaskedLoss]:
+        """The losses that the circuit is chosen on."""
         batches = as_batches(data.select_batches())
-        assert self._reference is not None
-        losses = masked_losses(self.model, batches, self.loss, self._reference, self.norm_scales)
+        return masked_losses(self.model, batches, self.loss, self.reference, self.norm_scales)
+
+    def select_on(self, losses: Sequence[MaskedLoss], report: Report = silent) -> Selected:
+        """The circuit, chosen on losses that are at hand."""
         self._scored_all = self.exhaustive(losses)
         if self._scored_all:
             self.selected = select_exhaustively(
@@ -530,15 +571,19 @@ class CircuitPruner(LightningModule):
             if self.selected is None:
                 self._select_aloud(datamodule)
                 save_checkpoint_alone(self.trainer, RunFolder(folder).last)
-            self._write_audited(datamodule, folder, self.audit)
+            self.write_audited(datamodule, folder, self.audit)
 
     def _select_aloud(self, data: CircuitData) -> None:
-        with telling("selection") as tell:
-            self.select(data, lambda doing, scored, kept: tell(f"{doing}, {scored} circuits scored, {kept} kept"))
+        self.select_on_aloud(self.select_losses(data))
 
-    def _write_audited(self, data: AuditedData, folder: Path, settings: AuditSettings) -> Audit:
+    def select_on_aloud(self, losses: Sequence[MaskedLoss]) -> None:
+        """Choose the circuit, and tell how that goes."""
+        with telling("selection") as tell:
+            self.select_on(losses, lambda doing, scored, kept: tell(f"{doing}, {scored} circuits scored, {kept} kept"))
+
+    def write_audited(self, data: AuditedData, folder: Path, settings: AuditSettings) -> Audit:
         """Audit on the held-out split and write both files, `audit.json` last: where it is, all is."""
-        circuit = self.circuit(task=data.name, config=self._resolved_config())
+        circuit = self.circuit(task=data.name, config=self.resolved_config())
         with telling("audit") as tell:
             found = audit_circuit(
                 self.model,
@@ -566,7 +611,8 @@ class CircuitPruner(LightningModule):
         found.save(folder)
         return found
 
-    def _resolved_config(self) -> dict[str, Any] | None:
+    def resolved_config(self) -> dict[str, Any] | None:
+        """What the run folder says that this run is; None where there is none."""
         path = Path(self.trainer.default_root_dir) / CONFIG_FILE
         return yaml.safe_load(path.read_text()) if path.is_file() else None
 
@@ -576,14 +622,17 @@ class CircuitPruner(LightningModule):
 
     def validation_step(self, raw: Any, index: int) -> None:
         """The circuit's loss on a batch of the select split, under each scheme."""
-        assert self._reference is not None
         batch = as_batch(raw)
+        values = self.validated(batch, index)
+        self.log_dict({f"select/{name}": value for name, value in values.items()}, batch_size=batch.size)
+
+    def validated(self, batch: Batch, index: int) -> dict[str, float]:
+        """What `validation_step` logs."""
         keep = self._keep()
         with computing_in(self.audit.compute, self.device):
-            loss = MaskedLoss(self.model, batch, self.loss, self._reference.on(self.model, batch, index))
+            loss = MaskedLoss(self.model, batch, self.loss, self.reference.on(self.model, batch, index))
             worst = attack(Game([loss], [keep], self.scope), self.attack, generator(self.seed, "validate", index))
-            values = self._scheme_losses(loss, keep, index) | {"adversarial": worst.loss, "kept": float(keep.sum())}
-        self.log_dict({f"select/{name}": value for name, value in values.items()}, batch_size=loss.size)
+            return self._scheme_losses(loss, keep, index) | {"adversarial": worst.loss, "kept": float(keep.sum())}
 
     def test_step(self, raw: Any, index: int) -> None:
         """Nothing by itself: the audit, at the end, needs the whole split."""
@@ -597,9 +646,7 @@ class CircuitPruner(LightningModule):
             if self.selected is None:
                 self._select_aloud(data)
             folder = Path(self.trainer.default_root_dir)
-            longer = replace(self.audit, ladder=self.audit.test_ladder, second=True)
-            longer = replace(longer, hypotheses=replace(longer.hypotheses, removals=True))
-            found = self._write_audited(data, folder, longer)
+            found = self.write_audited(data, folder, self.audit.longer())
         summary = {f"test/{name}": float(value) for name, value in summary_of(found).items() if value is not None}
         self.log_dict(summary, rank_zero_only=True)
 
@@ -630,7 +677,7 @@ class CircuitPruner(LightningModule):
         """Leave the model out, which the config makes again, and say which one it was."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("model.")}
-        checkpoint["pdprune"] = self._identity()
+        checkpoint["pdprune"] = self.identity()
         if self.selected is not None:
             checkpoint["selected"] = asdict(self.selected)
 
@@ -640,26 +687,35 @@ class CircuitPruner(LightningModule):
         Raises:
             UserError: if target, components or the gates' shape are not those of this run.
         """
-        found, own = checkpoint.get("pdprune"), self._identity()
-        if not isinstance(found, Mapping):
-            raise UserError("checkpoint: it holds no gates; expected the checkpoint of a CircuitPruner")
-        for name, expected in own.items():
-            if found.get(name) != expected:
-                raise UserError(
-                    f"checkpoint: its {name} is {found.get(name)}, this run's is {expected}; "
-                    "expected a checkpoint of the same target, decomposition and kind of gates"
-                )
-
+        require_identity(checkpoint, self.identity())
         if "selected" in checkpoint:
             self.selected = Selected(**checkpoint["selected"])
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must be of."""
         return {
             "target": self.model.target_sha256,
             "decomposition": self.model.decomposition_sha256,
             "gates": list(self.theta.shape),
             "gate_map": self.learning.gate_map,
         }
+
+
+def require_identity(checkpoint: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of something else.
+
+    Raises:
+        UserError: what it was made for is not `own`.
+    """
+    found = checkpoint.get("pdprune")
+    if not isinstance(found, Mapping):
+        raise UserError("checkpoint: it holds no gates; expected the checkpoint of a CircuitPruner")
+    for name in (*own, *(found.keys() - own.keys())):
+        if found.get(name) != own.get(name):
+            raise UserError(
+                f"checkpoint: its {name} is {found.get(name)}, this run's is {own.get(name)}; "
+                "expected a checkpoint of the same target, decomposition and kind of gates"
+            )
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:

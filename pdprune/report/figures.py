@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pdprune.circuits.frontier_curve import FrontierPoint
+
 Standing = Literal["faithful", "unfaithful", "no_target"]
 
 
@@ -267,6 +269,22 @@ class Comparison:
     runs: list[ComparedRun]
     overlaps: list[OverlapFigures]
     sites: list[SiteRow]
+
+
+@dataclass(frozen=True)
+class FrontierFigures:
+    """All that is shown of a frontier."""
+
+    name: str
+    headline: str
+    task: str
+    target: str
+    loss: str
+    n_nodes: int
+    model_loss: float
+    points: list[FrontierPoint]
+    """The smallest circuit first."""
+    note: str
 
 
 def as_json(figures: Any) -> Any:

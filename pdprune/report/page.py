@@ -14,13 +14,14 @@ import json
 import re
 from importlib.resources import files
 
-from pdprune.report.figures import Comparison, Figures, as_json
+from pdprune.report.figures import Comparison, Figures, FrontierFigures, as_json
 
 STYLES = ("vendor/uPlot.min.css", "report.css")
 PLOTTING = ("vendor/uPlot-LICENSE.txt", "vendor/uPlot.iife.min.js")
 CIRCUIT_SCRIPTS = ("layout.js", "details.js", "graph.js", "node_table.js")
 RUN_SCRIPTS = (*PLOTTING, "vendor/cytoscape.min.js", "dom.js", "charts.js", *CIRCUIT_SCRIPTS, "report.js")
 COMPARISON_SCRIPTS = (*PLOTTING, "dom.js", "charts.js", "comparison.js")
+FRONTIER_SCRIPTS = (*PLOTTING, "dom.js", "charts.js", "frontier.js")
 
 
 def report_page(figures: Figures) -> str:
@@ -34,7 +35,12 @@ def comparison_page(comparison: Comparison) -> str:
     return _page("comparison.html", f"{names}: circuits compared", comparison, COMPARISON_SCRIPTS)
 
 
-def _page(content: str, title: str, figures: Figures | Comparison, scripts: tuple[str, ...]) -> str:
+def frontier_page(figures: FrontierFigures) -> str:
+    """The page of a frontier."""
+    return _page("frontier.html", f"{figures.name}: frontier", figures, FRONTIER_SCRIPTS)
+
+
+def _page(content: str, title: str, figures: Figures | Comparison | FrontierFigures, scripts: tuple[str, ...]) -> str:
     sources = [_script(name) for name in scripts]
     parts = {
         "title": html.escape(title),

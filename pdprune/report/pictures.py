@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pdprune.report.figures import Curve, Figures, Graph, Site
+from pdprune.report.figures import Curve, Figures, FrontierFigures, Graph, Site
 from pdprune.tracking import Picture
 
 if TYPE_CHECKING:
@@ -27,8 +27,10 @@ LEAST = 1e-5
 """Losses below this share of the largest are drawn there: a logarithmic axis has no place for 0."""
 
 
-def pictures_of(figures: Figures) -> dict[str, Picture]:
-    """The loss by size, and the circuit, as the report has them."""
+def pictures_of(figures: Figures | FrontierFigures) -> dict[str, Picture]:
+    """The loss by size, and the circuit, as the report has them; of a frontier the former."""
+    if isinstance(figures, FrontierFigures):
+        return {"frontier/curve": frontier_picture(figures)}
     return {
         "circuit/curve": curve_picture(figures.curve, figures.loss),
         "circuit/graph": graph_picture(figures.graph, figures.sites),
@@ -52,12 +54,32 @@ def curve_picture(curve: Curve, loss: str) -> Picture:
     axes.axhline(max(curve.model_loss, floor), color="grey", linestyle=":", linewidth=1, label="the model")
     if curve.target_loss is not None:
         axes.axhline(curve.target_loss, color="black", linestyle="--", linewidth=1, label="target")
+    _label(axes, f"{curve.unit} kept of {curve.total:,}; chosen {curve.chosen.size:,}", loss)
+    return _pixels(figure)
+
+
+def frontier_picture(figures: FrontierFigures) -> Picture:
+    """Loss by size: a disc a level and scheme, by its audit."""
+    figure = _figure(6.4, 4.0)
+    axes = figure.add_subplot()
+    sizes = [point.n_kept for point in figures.points]
+    drawn = {key: [getattr(point, f"{key}_loss") for point in figures.points] for key in LINES if key != "random"}
+    floor = max([*(value for line in drawn.values() for value in line), figures.model_loss, 1e-9]) * LEAST
+    for key, losses in drawn.items():
+        words, colour, style = LINES[key]
+        axes.plot(sizes, [max(value, floor) for value in losses], f"o{style}", color=colour, label=words)
+    axes.axhline(max(figures.model_loss, floor), color="grey", linestyle=":", linewidth=1, label="the model")
+    _label(axes, f"nodes kept of {figures.n_nodes:,}", figures.loss)
+    return _pixels(figure)
+
+
+def _label(axes: Axes, size: str, loss: str) -> None:
+    """The axes of losses by size."""
     axes.set_yscale("log")
-    axes.set_xlabel(f"{curve.unit} kept of {curve.total:,}; chosen {curve.chosen.size:,}")
+    axes.set_xlabel(size)
     axes.set_ylabel(loss)
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    return _pixels(figure)
 
 
 def graph_picture(graph: Graph, sites: list[Site]) -> Picture:

@@ -25,6 +25,10 @@ from documentation.pages import ROOT, Block, Command, commands_in
 from targets.tiny_models import save_byte_level, save_model
 
 from pdprune import cluster, compare, export
+from pdprune.circuits.circuit import Circuit
+from pdprune.circuits.findings import Audit
+from pdprune.circuits.frontier import FrontierPruner
+from pdprune.circuits.frontier_curve import Frontier, level_folder
 from pdprune.circuits.prune import prune
 from pdprune.circuits.selection import Selection
 from pdprune.sweep import Sweep
@@ -55,6 +59,7 @@ class Session:
         self.names: dict[str, Any] = {}
         shutil.copytree(ROOT / "configs", folder / "configs")
         _shorten(folder / "configs/quickstart.yaml")
+        _shorten(folder / "configs/frontier/quote.yaml")
         for name in ("benchmarks", "docs", "pyproject.toml", "Makefile"):
             (folder / name).symlink_to(ROOT / name)
         write_prompts(folder / "my.jsonl")
@@ -64,6 +69,10 @@ class Session:
         save_byte_level(folder / "folder")
         patch.setattr(
             "pdprune.circuits.pruning.CircuitPruner.finish", lambda _, datamodule, folder: self.finish(folder)
+        )
+        patch.setattr(
+            "pdprune.circuits.frontier.FrontierPruner.finish",
+            lambda frontier, datamodule, folder: self.finish_frontier(frontier, folder),
         )
         patch.setattr("pdprune.decomposition.learning.ComponentLearner.finish", lambda *_, **__: None)
         patch.setattr("pdprune.decomposition.learning.warm_up", lambda *_: None)
@@ -76,6 +85,15 @@ class Session:
         folder.mkdir(parents=True, exist_ok=True)
         for name in RESULTS:
             shutil.copy(self.results / name, folder / name)
+
+    def finish_frontier(self, frontier: FrontierPruner, folder: Path) -> None:
+        """The same for all levels of a frontier."""
+        found = {}
+        for level in frontier.levels:
+            own = level_folder(folder, level)
+            self.finish(own)
+            found[level] = Circuit.load(own), Audit.load(own)
+        Frontier.of(found, dict.fromkeys(found)).save(folder)
 
     def run(self, block: Block) -> None:
         """Do what a block says."""
