@@ -187,6 +187,7 @@ class Session:
         with self.patch.context() as patch, pytest.raises(ParsedError):
             patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
             if program.endswith(".py"):
+                patch.syspath_prepend(str(ROOT / Path(program).parent))  # as Python does for a script
                 runpy.run_path(program, run_name="__main__")
             else:
                 importlib.import_module(program).main()
