@@ -14,7 +14,7 @@ from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.prune import prune
 from pdprune.circuits.schemes import Draws, SchemeName
 from pdprune.claims.attribution import attributions
-from pdprune.claims.experiment import Cell, Experiment, Figures, Result
+from pdprune.claims.experiment import Cell, Experiment, Figures, Result, require_known
 from pdprune.claims.intervals import bootstrap, markdown, over_seeds
 from pdprune.claims.planted.handmade import (
     backup,
@@ -66,6 +66,9 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     training_steps: int = 1500
     steps: int = 100
+
+    def __post_init__(self) -> None:
+        require_known("networks", self.networks, NETWORKS)
 
 
 SMALL = Settings(networks=("correlated shortcut", "backup route"), seeds=(0,), steps=50)

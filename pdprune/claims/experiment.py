@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,6 +70,18 @@ class Experiment:
             if name not in known:
                 raise UserError(f"claim {self.name}: no setting {name!r}; expected one of {', '.join(known)}")
         return dataclasses.replace(settings, **changes)
+
+
+def require_known(setting: str, values: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a choice that there is not.
+
+    Raises:
+        UserError: for the first of `values` that is none of the `known`.
+    """
+    expected = list(known)
+    for value in values:
+        if value not in expected:
+            raise UserError(f"{setting}: got {value!r}; expected some of {', '.join(expected)}")
 
 
 def crossed(axes: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> list[Cell]:

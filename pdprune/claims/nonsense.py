@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from pdprune.circuits.schemes import SchemeName
-from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped
+from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped, require_known
 from pdprune.claims.figures import audit_figures, shown
 from pdprune.claims.intervals import markdown, over_seeds
 from pdprune.claims.language import Splits, audited, language_model, pruned, reference_of, task_scores
@@ -45,6 +45,9 @@ class Settings:
     train: int = 512
     others: int = 64
     steps: int = 60
+
+    def __post_init__(self) -> None:
+        require_known("cases", self.cases, CASES)
 
 
 SMALL = Settings(cases=("wrong answers",), schemes=("complete", "adversarial"), seeds=(0,), train=64, others=8, steps=4)

@@ -18,7 +18,7 @@ from pdprune.circuits.audit import as_gates
 from pdprune.circuits.gates import Sparsity
 from pdprune.circuits.prune import learn_gates
 from pdprune.circuits.pruning import CircuitPruner, Learning
-from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped
+from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped, require_known
 from pdprune.claims.figures import HEAD, audit_figures, columns
 from pdprune.claims.intervals import markdown
 from pdprune.claims.language import BATCH_SIZE, Splits, audited, pruned
@@ -59,6 +59,9 @@ class Settings:
     others: int = 64
     steps: int = 60
     recipe_steps: int = 600
+
+    def __post_init__(self) -> None:
+        require_known("ways", self.ways, get_args(Way))
 
 
 SMALL = Settings(

@@ -69,6 +69,9 @@ def test_the_list_says_what_is_claimed(capsys: pytest.CaptureFixture[str]) -> No
         (["table", "cancellation"], "run it first"),
         (["run", "cancellation", "--set", "seeds"], "NAME=VALUE"),
         (["run", "cancellation", "--set", "sedes=[0]"], "no setting 'sedes'"),
+        (["run", "cancellation", "--set", 'networks=["x"]'], "networks: got 'x'; expected some of correlated shortcut"),
+        (["run", "sparse", "--set", 'ways=["x"]'], "ways: got 'x'; expected some of recipe"),
+        (["run", "nonsense", "--set", 'cases=["x"]'], "cases: got 'x'; expected some of the task itself"),
     ],
 )
 def test_mistakes_are_told_in_one_line(
