@@ -27,7 +27,7 @@ def frontier_figures(frontier: Frontier, name: str) -> FrontierFigures:
         model_loss=frontier.model_loss,
         points=frontier.points,
         note=(
-            f"Discs: circuits {SCHEMES.get(frontier.scheme, frontier.scheme)}, each learned, chosen and audited by "
-            f"itself, on {frontier.n_examples:,} held-out examples. The adversary's are lower bounds."
+            f"Discs: circuits pruned {SCHEMES.get(frontier.scheme, frontier.scheme)}, each learned, chosen and audited "
+            f"by itself, on {frontier.n_examples:,} held-out examples. The adversary's are lower bounds."
         ),
     )

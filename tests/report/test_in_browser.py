@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from report.browser import Browser, Page, installed
 
+from pdprune.circuits.frontier_curve import FrontierPoint
 from pdprune.report.figures import (
     Adversary,
     Check,
@@ -22,6 +23,7 @@ from pdprune.report.figures import (
     Curve,
     CurvePoint,
     Figures,
+    FrontierFigures,
     Graph,
     NodeFigures,
     Opposed,
@@ -35,7 +37,7 @@ from pdprune.report.figures import (
     Text,
     Verdict,
 )
-from pdprune.report.page import comparison_page, report_page
+from pdprune.report.page import comparison_page, frontier_page, report_page
 
 EXECUTABLE = installed()
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium is installed: apt-get install chromium")
@@ -114,6 +116,14 @@ def comparison() -> Comparison:
     return Comparison("Two circuits", HOSTILE, "tiny", "KL", runs, [OverlapFigures(0, 1, 0.25, 10)], rows)
 
 
+def frontier() -> FrontierFigures:
+    points = [
+        FrontierPoint(HOSTILE, target, None, None, 0, size, True, 0.01, 0.02, 0.9 * target, True)
+        for size, target in ((40, 0.6), (500, 0.15))
+    ]
+    return FrontierFigures(HOSTILE, HOSTILE, HOSTILE, HOSTILE, "cross-entropy", 960, 0.04, points, HOSTILE)
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     assert EXECUTABLE is not None
@@ -128,6 +138,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "large.html").write_text(report_page(figures(1000)))
     (folder / "empty.html").write_text(report_page(figures(0)))
     (folder / "comparison.html").write_text(comparison_page(comparison()))
+    (folder / "frontier.html").write_text(frontier_page(frontier()))
     return folder
 
 
@@ -156,7 +167,7 @@ def let_go(page: Page) -> None:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-@pytest.mark.parametrize("name", ["report", "comparison"])
+@pytest.mark.parametrize("name", ["report", "comparison", "frontier"])
 def test_pages_render_quietly_at_both_widths_and_in_both_themes(
     browser: Browser, pages: Path, name: str, width: int, dark: bool, request: pytest.FixtureRequest
 ) -> None:

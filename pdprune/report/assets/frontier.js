@@ -47,4 +47,5 @@
       points,
     ),
   );
+  document.documentElement.dataset.ready = "true";
 })();
