@@ -42,14 +42,15 @@ class Ascent:
     """How the adversary climbs, and how hard.
 
     Attributes:
-        steps: gradient steps of each restart.
+        steps: gradient steps of each restart, at most.
         step_size: length of a step in every entry of the source, whose range is 1.
         restarts: independent climbs (particles).
         optimizer: `sign` steps, `adam`, or `momentum`: sign steps with momentum whose size is halved when they stall.
         draws: random sources evaluated first, half uniform on [0,1], half fair coins.
         flips: forward passes that the discrete stage may spend for each of its starts; 0 leaves it out.
         patience: a restart ends when its best loss has risen by less than a thousandth in so many steps. One that comes
-            back to where it was ends at once: it would go round in circles.
+            back to where it was ends at once: it would go round in circles; so does one that cannot catch up with the
+            worst source known.
     """
 
     steps: int = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped
+from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped, shared_by
 from pdprune.claims.figures import HEAD, audit_figures, columns
 from pdprune.claims.intervals import markdown, over_seeds
 from pdprune.claims.language import Splits, audited, pruned
@@ -45,14 +45,7 @@ def cells(settings: Settings) -> list[Cell]:
     """One for every seed, task and basis."""
     bases = settings.bases if settings.sampled is None else (*settings.bases, settings.sampled)
     axes = {"basis": bases, "task": settings.tasks, "seed": settings.seeds}
-    shared = {
-        "target": settings.target,
-        "target_loss": settings.target_loss,
-        "train": settings.train,
-        "others": settings.others,
-        "steps": settings.steps,
-    }
-    return crossed(axes, shared)
+    return crossed(axes, shared_by(settings, "target", "target_loss", "train", "others", "steps"))
 
 
 def run(

@@ -95,6 +95,11 @@ def crossed(axes: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> lis
     return [{**dict(zip(axes, reversed(chosen), strict=True)), **shared} for chosen in choices]
 
 
+def shared_by(settings: Any, *names: str) -> dict[str, Any]:
+    """The settings that all cells have alike, by name."""
+    return {name: getattr(settings, name) for name in names}
+
+
 def grouped(results: Sequence[Result], *names: str) -> dict[tuple[Any, ...], list[Figures]]:
     """The figures of those cells that agree in some entries, by these entries, in order of appearance."""
     groups: dict[tuple[Any, ...], list[Figures]] = {}

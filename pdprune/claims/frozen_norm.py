@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pdprune.circuits.schemes import SchemeName
-from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped
+from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped, shared_by
 from pdprune.claims.figures import HEAD, audit_figures, columns
 from pdprune.claims.intervals import markdown, over_seeds
 from pdprune.claims.language import Splits, audited, pruned, reference_of, task_scores
@@ -51,14 +51,7 @@ def cells(settings: Settings) -> list[Cell]:
         "task": settings.tasks,
         "seed": settings.seeds,
     }
-    shared = {
-        "target": settings.target,
-        "target_loss": settings.target_loss,
-        "train": settings.train,
-        "others": settings.others,
-        "steps": settings.steps,
-    }
-    return crossed(axes, shared)
+    return crossed(axes, shared_by(settings, "target", "target_loss", "train", "others", "steps"))
 
 
 def run(

@@ -16,6 +16,7 @@ from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.prune import prune
 from pdprune.circuits.schemes import SchemeName
 from pdprune.circuits.selection import Selection
+from pdprune.claims.nodes import SITES
 from pdprune.decomposition import DecomposedModel, decompose
 from pdprune.decomposition.norms import NormScaling
 from pdprune.losses import task_loss_and_accuracy
@@ -23,8 +24,6 @@ from pdprune.seeding import generator
 from pdprune.targets import load_target
 from pdprune.tasks import TaskData
 
-SITES = ["*.mlp.down", "*.attn.out"]
-"""MLP neurons and attention channels are the nodes."""
 BATCH_SIZE = 64
 SELECTION = Selection(drop_scores=12, swap_scores=60)
 """Dropping nodes one by one is dear, and makes a circuit of hundreds only a little smaller."""

@@ -8,7 +8,7 @@ from typing import get_args
 
 from pdprune.circuits.pruning import CircuitPruner
 from pdprune.circuits.schemes import SchemeName
-from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped
+from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped, shared_by
 from pdprune.claims.figures import HEAD, audit_figures, columns, shown
 from pdprune.claims.intervals import markdown
 from pdprune.claims.language import BATCH_SIZE, SELECTION, Splits, audited
@@ -62,12 +62,7 @@ SMALL = Settings(
 def cells(settings: Settings) -> list[Cell]:
     """One for every seed, target, kind of nodes, task and scheme."""
     axes = {"scheme": settings.schemes, "task": settings.tasks, "nodes": settings.nodes}
-    shared = {
-        "shares": list(settings.shares),
-        "train": settings.train,
-        "others": settings.others,
-        "steps": settings.steps,
-    }
+    shared = {"shares": list(settings.shares), **shared_by(settings, "train", "others", "steps")}
     return [
         cell
         for seed in settings.seeds

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from pdprune.circuits.schemes import SchemeName
-from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped, require_known
+from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped, require_known, shared_by
 from pdprune.claims.figures import audit_figures, shown
 from pdprune.claims.intervals import markdown, over_seeds
 from pdprune.claims.language import Splits, audited, language_model, pruned, reference_of, task_scores
@@ -56,14 +56,7 @@ SMALL = Settings(cases=("wrong answers",), schemes=("complete", "adversarial"), 
 def cells(settings: Settings) -> list[Cell]:
     """One for every seed, case and scheme."""
     axes = {"case": settings.cases, "scheme": settings.schemes, "seed": settings.seeds}
-    shared = {
-        "target": settings.target,
-        "target_loss": settings.target_loss,
-        "train": settings.train,
-        "others": settings.others,
-        "steps": settings.steps,
-    }
-    return crossed(axes, shared)
+    return crossed(axes, shared_by(settings, "target", "target_loss", "train", "others", "steps"))
 
 
 def run(

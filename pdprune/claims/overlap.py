@@ -11,7 +11,7 @@ import torch
 
 from pdprune.circuits.circuit import jaccard
 from pdprune.circuits.schemes import SchemeName
-from pdprune.claims.experiment import Cell, Experiment, Figures, Result
+from pdprune.claims.experiment import Cell, Experiment, Figures, Result, shared_by
 from pdprune.claims.intervals import bootstrap, markdown, over_seeds
 from pdprune.claims.language import BATCH_SIZE, Splits, audited, language_model, pruned, reference_of, task_scores
 from pdprune.targets import load_target
@@ -52,12 +52,7 @@ def cells(settings: Settings) -> list[Cell]:
             "scheme": scheme,
             "seed": seed,
             "half": half,
-            "target": settings.target,
-            "task": settings.task,
-            "target_loss": settings.target_loss,
-            "train": settings.train,
-            "others": settings.others,
-            "steps": settings.steps,
+            **shared_by(settings, "target", "task", "target_loss", "train", "others", "steps"),
         }
         for seed in settings.seeds
         for scheme in SCHEMES

@@ -18,7 +18,7 @@ from pdprune.circuits.audit import as_gates
 from pdprune.circuits.gates import Sparsity
 from pdprune.circuits.prune import learn_gates
 from pdprune.circuits.pruning import CircuitPruner, Learning
-from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped, require_known
+from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped, require_known, shared_by
 from pdprune.claims.figures import HEAD, audit_figures, columns
 from pdprune.claims.intervals import markdown
 from pdprune.claims.language import BATCH_SIZE, Splits, audited, pruned
@@ -78,7 +78,6 @@ SMALL = Settings(
 
 def cells(settings: Settings) -> list[Cell]:
     """One for every seed, target loss, kind of nodes, task, target and way."""
-    shared = {"train": settings.train, "others": settings.others}
     steps = {"recipe": settings.recipe_steps, "adversarial": settings.steps}
     axes = {
         "way": settings.ways,
@@ -88,7 +87,7 @@ def cells(settings: Settings) -> list[Cell]:
         "target_loss": settings.target_losses,
         "seed": settings.seeds,
     }
-    return [{**cell, "steps": steps[cell["way"]]} for cell in crossed(axes, shared)]
+    return [{**cell, "steps": steps[cell["way"]]} for cell in crossed(axes, shared_by(settings, "train", "others"))]
 
 
 def run(

@@ -8,7 +8,7 @@ from typing import get_args
 
 from pdprune.circuits.pruning import CircuitPruner
 from pdprune.circuits.schemes import SchemeName
-from pdprune.claims.experiment import Cell, Experiment, Figures, Result, grouped
+from pdprune.claims.experiment import Cell, Experiment, Figures, Result, grouped, shared_by
 from pdprune.claims.intervals import markdown, over_seeds
 from pdprune.claims.language import BATCH_SIZE, Splits, audited, language_model
 from pdprune.claims.ranking import learned_ranking
@@ -53,10 +53,7 @@ def cells(settings: Settings) -> list[Cell]:
             "seed": seed,
             "target": settings.target,
             "shares": list(settings.shares),
-            "target_loss": settings.target_loss,
-            "train": settings.train,
-            "others": settings.others,
-            "steps": settings.steps,
+            **shared_by(settings, "target_loss", "train", "others", "steps"),
         }
         for seed in settings.seeds
         for task in settings.tasks

@@ -126,8 +126,8 @@ def _budget(audit: Audit) -> str:
         climbs = "tried every subset of the nodes that are not kept"
     else:
         climbs = (
-            f"climbed from {found.restarts} starts for {found.steps} steps of {found.step_size:g}, beside ablating "
-            f"all, none, {audit.stochastic.draws} random draws, and flipping nodes one by one and together"
+            f"climbed from {found.restarts} starts for up to {found.steps} steps of {found.step_size:g}, beside "
+            f"ablating all, none, {audit.stochastic.draws} random draws, and flipping nodes one by one and together"
         )
     ladder = ", ".join(f"{rung.steps} steps {number(rung.loss)}" for rung in found.ladder)
     flipped = "" if found.flipped is None else f" It changes the answer of {found.flipped:.1%} of the examples."

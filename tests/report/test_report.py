@@ -95,7 +95,7 @@ def test_figures_are_those_of_the_audit() -> None:
     assert figures["verdict"]["standing"] == ("faithful" if audit["faithful"] else "unfaithful")
     assert f"{audit['n_kept']} of {audit['n_nodes']} nodes" in figures["verdict"]["sentence"]
     assert f"{audit['adversarial']['loss']:.3f}" in figures["verdict"]["sentence"]
-    assert "4 starts for 20 steps of 0.1" in figures["verdict"]["budget"]
+    assert "4 starts for up to 20 steps of 0.1" in figures["verdict"]["budget"]
     assert "was not tried" in figures["verdict"]["convergence"]
     assert [node["node"] for node in figures["graph"]["nodes"]] == [kept["node"] for kept in circuit["kept"]]
     assert sum(site["n_kept"] for site in figures["sites"]) == audit["n_kept"]
