@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from pdprune.circuits.pruning import CircuitPruner
 from pdprune.circuits.schemes import SchemeName
-from pdprune.claims.experiment import Cell, Experiment, Figures, Result, grouped, shared_by
+from pdprune.claims.experiment import Cell, Experiment, Figures, Result, grouped, require_known, shared_by
 from pdprune.claims.intervals import markdown, over_seeds
 from pdprune.claims.language import BATCH_SIZE, Splits, audited, language_model
 from pdprune.claims.ranking import learned_ranking
@@ -16,6 +16,7 @@ from pdprune.claims.recovery import top
 from pdprune.tasks import TaskData
 
 SCHEMES: tuple[SchemeName, ...] = get_args(SchemeName)
+Goal = Literal["nodes", "loss"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Settings:
         target, tasks: a shipped language model and tasks of it.
         seeds: of pruning.
         shares: of the nodes: the sizes at which each ranking is audited.
-        target_loss: task cross-entropy that gates are learned for, in nats.
+        goal: whether gates are learned for a number of `nodes`, or for a `loss`.
+        target_share: of the nodes: how many.
+        target_loss: task cross-entropy, in nats; audits call faithful what stays within it.
         train, others: prompts to learn gates on, and to audit on.
         steps: keep steps.
     """
@@ -35,10 +38,15 @@ class Settings:
     tasks: tuple[str, ...] = ("quote", "bracket", "colon")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     shares: tuple[float, ...] = (0.02, 0.1, 0.25, 0.4, 0.55, 0.7)
+    goal: Goal = "nodes"
+    target_share: float = 0.25
     target_loss: float = 0.15
     train: int = 512
     others: int = 64
     steps: int = 60
+
+    def __post_init__(self) -> None:
+        require_known("goal", [self.goal], get_args(Goal))
 
 
 SMALL = Settings(tasks=("quote",), seeds=(0,), shares=(0.1, 0.7), train=64, others=8, steps=4)
@@ -53,7 +61,7 @@ def cells(settings: Settings) -> list[Cell]:
             "seed": seed,
             "target": settings.target,
             "shares": list(settings.shares),
-            **shared_by(settings, "target_loss", "train", "others", "steps"),
+            **shared_by(settings, "goal", "target_share", "target_loss", "train", "others", "steps"),
         }
         for seed in settings.seeds
         for task in settings.tasks
@@ -67,6 +75,8 @@ def run(
     seed: int,
     target: str,
     shares: Sequence[float],
+    goal: Goal,
+    target_share: float,
     target_loss: float,
     train: int,
     others: int,
@@ -76,7 +86,14 @@ def run(
     splits = Splits.of(task, target, train, others)
     model = language_model(target)
     pruner = CircuitPruner(
-        model, loss="ce", scheme=scheme, reference="mean", target_loss=target_loss, search="gradient", seed=seed
+        model,
+        loss="ce",
+        scheme=scheme,
+        reference="mean",
+        target_nodes=round(target_share * model.n_nodes) if goal == "nodes" else None,
+        target_loss=target_loss if goal == "loss" else None,
+        search="gradient",
+        seed=seed,
     )
     data = TaskData(task, target, batch_size=BATCH_SIZE, n_train=train, seed=seed)
     ranking = learned_ranking(pruner, data, steps)
