@@ -14,7 +14,7 @@ site, a number is so many times its smaller one. Pieces:
 
     target     a forward pass of the target
     free       one free step: KL to the target's outputs, which are known; one backward pass for both players
-    free+      the same with the target's outputs
+    free+      the same with the target's outputs, which `--loss ce` does not ask for
     ascent     a fresh ascent of K steps, what it is scored against included
     per token  the free step's loss and gradient by the per-token route
     audit      8 restarts of 40 steps, over 8: the whole audit, half of the nodes kept
@@ -69,6 +69,7 @@ class Case(NamedTuple):
     tokens: int
     components: str
     k: int
+    loss: str
 
 
 def decomposed(target: nn.Module, components: str) -> DecomposedModel:
@@ -126,7 +127,7 @@ def free_step(case: Case, known: MaskedLoss | None) -> Piece:
     opponent = Opponent(TrainingAdversary("free", step_size=0.01), (), n_entries, seed=0).to(device)
 
     def step() -> None:
-        loss = known or MaskedLoss(case.model, case.batch)
+        loss = known or MaskedLoss(case.model, case.batch, case.loss)
         game = Game([loss], [gate_map.gates(theta)])
         entries = opponent.sources[0].clone().requires_grad_()
         total = game.mean_loss(entries) + 0.01 * sparsity(gate_map.presence(theta), 0.5)
@@ -167,7 +168,7 @@ def per_token_bytes(case: Case) -> int:
 
 
 def pieces_of(case: Case) -> dict[str, Piece]:
-    known = MaskedLoss(case.model, case.batch)
+    known = MaskedLoss(case.model, case.batch, case.loss)
     known.unablated()  # runs the target
     pieces: dict[str, Piece] = {
         "train": training_step(case),
@@ -235,6 +236,7 @@ def measured(case: Case, rounds: int, device: str) -> dict[str, Any]:
         "tokens": case.tokens,
         "components": case.components,
         "k": case.k,
+        "loss": case.loss,
         "n_nodes": case.model.n_nodes,
         "seconds": times,
         "ratio": ratios,
@@ -251,7 +253,9 @@ def audited(case: Case, device: str, random_circuits: list[int]) -> dict[str, fl
     before = [seconds(train, device) for _ in range(5)]
 
     def run(n: int) -> Piece:
-        return lambda: pdprune.audit(case.model, keep, [case.batch], steps=STEPS, restarts=RESTARTS, random_circuits=n)
+        return lambda: pdprune.audit(
+            case.model, keep, [case.batch], steps=STEPS, restarts=RESTARTS, random_circuits=n, loss=case.loss
+        )
 
     spent = {f"{n} random circuits": seconds(run(n), device) for n in random_circuits}
     after = [seconds(train, device) for _ in range(5)]
@@ -286,6 +290,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--components", nargs="+", default=COMPONENTS)
     parser.add_argument("--k", type=int, default=4, help="steps of a fresh ascent")
+    parser.add_argument("--loss", choices=["kl", "ce"], default="kl", help="ce asks for no outputs of the target")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--audit", type=int, nargs="+", metavar="N", help="measure audits instead, with N random circuits; takes long"
@@ -302,7 +307,7 @@ def main() -> None:
     for tokens in args.tokens:
         batch = random_text(target, tokens, args.device)
         for components in args.components:
-            case = Case(target, decomposed(target, components), batch, tokens, components, args.k)
+            case = Case(target, decomposed(target, components), batch, tokens, components, args.k, args.loss)
             if args.audit:
                 found: dict[str, Any] = {
                     "tokens": tokens,
