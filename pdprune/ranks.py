@@ -13,12 +13,13 @@ Lightning makes the processes and the group that they talk in. Files are written
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -171,6 +172,28 @@ def leave_out_of_ddp(module: nn.Module, part: nn.Module, learned: Iterable[Tenso
     everything = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
     names = [name for name, tensor in itertools.chain(*everything) if id(tensor) in frozen]
     module._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]  # where DDP looks for them
+
+
+@contextlib.contextmanager
+def reduced_at_the_end(trainer: Any, learned: Sequence[Tensor]) -> Iterator[None]:
+    """Several backward passes, after which gradients are averaged over ranks once.
+
+    DDP reduces in every pass, and expects that each reaches all parameters.
+
+    Args:
+        trainer: whose model the passes go through, in a training step.
+        learned: parameters that have a gradient when the passes are done.
+    """
+    ranks = Ranks.of(trainer)
+    if ranks.count == 1:
+        yield
+        return
+    with trainer.model.no_sync():
+        yield
+    gradients = [cast(Tensor, tensor.grad) for tensor in learned]
+    together = ranks.sum(torch.cat([gradient.flatten() for gradient in gradients])) / ranks.count
+    for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def require_as_many_as_launched(trainer: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import Tensor
 
 from pdprune.adversary.opponent import TrainingAdversary
+from pdprune.circuits.frontier import FrontierPruner, Levels
 from pdprune.circuits.pruning import CircuitPruner, Learning
 from pdprune.circuits.schemes import Draws
 from pdprune.decomposition.attribution import TopK
@@ -207,7 +208,8 @@ def on_two_ranks_and_one(folder: Path, fit: Callable[[int], int]) -> dict[str, B
 
 def learned(module: LightningModule) -> dict[str, Tensor]:
     frozen = ("model.target.", "decomposition.")
-    return {key: value for key, value in module.state_dict().items() if not key.startswith(frozen)}
+    kept = {key: value for key, value in module.state_dict().items() if not key.startswith(frozen)}
+    return {key: value for key, value in kept.items() if ".model." not in key}
 
 
 class Shared(LightningDataModule):
@@ -275,6 +277,33 @@ def circuits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Both]:
 @pytest.mark.parametrize("name", CIRCUITS)
 def test_circuits_are_those_of_one_process(name: str, circuits: dict[str, Both]) -> None:
     assert_two_ranks_are_one(circuits[name], {"theta", "openness", "log_price", "logged loss"})
+
+
+FRONTIERS: dict[str, dict[str, Any]] = {
+    "fresh": {"adversary": played("fresh", steps=3)},
+    "persistent": {"adversary": played("persistent", steps=2, step_size=0.2)},
+    "free": {"adversary": played("free", step_size=0.2)},
+}
+LEVELS = Levels(target_loss=(0.05, 0.1))
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one by one", "as one batch"])
+def frontiers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Both]]:
+    folder = tmp_path_factory.mktemp("frontiers")
+    model = token_model(("up", "down"))
+    made = {
+        name: lambda options=options: FrontierPruner(model, LEVELS, **options) for name, options in FRONTIERS.items()
+    }
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(FrontierPruner, "_at_once", lambda *_: request.param)
+        yield on_two_ranks_and_one(folder, fitting(folder, made, lambda: Shared(prompts), learned))
+
+
+@pytest.mark.parametrize("name", FRONTIERS)
+def test_frontiers_are_those_of_one_process(name: str, frontiers: dict[str, Both]) -> None:
+    found = frontiers[name]
+    assert not torch.equal(found.one["pruners.0.theta"], found.one["pruners.1.theta"])
+    assert_two_ranks_are_one(found, {"pruners.1.theta", "pruners.1.openness", "logged loss"})
 
 
 ADVERSARIAL = Weights(site_by_site=0.0)

@@ -36,7 +36,7 @@ from pdprune.decomposition.settings import Decomposition
 from pdprune.errors import UserError
 from pdprune.precision import computing_in
 from pdprune.progress import part, telling
-from pdprune.ranks import save_checkpoint_alone
+from pdprune.ranks import leave_out_of_ddp, reduced_at_the_end, save_checkpoint_alone
 from pdprune.run_folder import RunFolder
 from pdprune.tracking import Results
 
@@ -162,11 +162,6 @@ class FrontierPruner(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: the data are there now."""
-        if self.trainer.world_size > 1:
-            raise UserError(
-                f"trainer.devices: got {self.trainer.world_size} processes for a frontier; expected 1: give each level "
-                "a run of its own (python -m pdprune.sweep), or all of them one device"
-            )
         if not self.is_prepared:
             data = getattr(self.trainer, "datamodule", None)
             assert data is not None, "a FrontierPruner reads its splits from a LightningDataModule"
@@ -174,6 +169,7 @@ class FrontierPruner(LightningModule):
         for pruner in self.levels.values():
             pruner.trainer = self.trainer
             pruner.setup(stage)
+        leave_out_of_ddp(self, self.model)
 
     @property
     def is_prepared(self) -> bool:
@@ -200,7 +196,8 @@ class FrontierPruner(LightningModule):
 
         optimizer = cast(LightningOptimizer, self.optimizers())
         optimizer.zero_grad()
-        met = self._play(losses, step)
+        with reduced_at_the_end(self.trainer, [pruner.theta for pruner in self.levels.values()]):
+            met = self._play(losses, step)
         optimizer.step()
         for pruner in self.levels.values():
             pruner.after_step()
@@ -266,8 +263,10 @@ class FrontierPruner(LightningModule):
         """Write the circuits, their audits and the frontier into the run folder; the last thing that `fit` does.
 
         Each circuit goes into the checkpoint as it is chosen, and an audit that is in the folder is not done again, so
-        that a run that is killed here goes on where it was.
+        that a run that is killed here goes on where it was. Only the first rank does this.
         """
+        if not self.trainer.is_global_zero:
+            return
         self.to(self.trainer.strategy.root_device)  # which Lightning has just moved it away from
         with computing_in(self.audit.compute, self.device):
             self._select(datamodule, lambda: save_checkpoint_alone(self.trainer, RunFolder(folder).last))
@@ -310,14 +309,17 @@ class FrontierPruner(LightningModule):
         """Nothing by itself: the audits, at the end, need the whole split."""
 
     def on_test_epoch_end(self) -> None:
-        """The audits once more, with a ladder of budgets and a second attack."""
+        """The audits once more, with a ladder of budgets and a second attack, on the first rank; the others wait."""
+        if not self.trainer.is_global_zero:
+            return
         data = cast(Any, self.trainer).datamodule
         with computing_in(self.audit.compute, self.device):
             self.select(data)
             folder = Path(self.trainer.default_root_dir)
             frontier = self._write_audited(data, folder, self.audit.longer(), again=True)
         for point in frontier.points:
-            self.log_dict({f"test/{name}/{point.level}": float(getattr(point, name)) for name in AUDITED})
+            summary = {f"test/{name}/{point.level}": float(getattr(point, name)) for name in AUDITED}
+            self.log_dict(summary, rank_zero_only=True)
 
     def on_predict_start(self) -> None:
         """Refuse: answers are one circuit's.

@@ -10,7 +10,6 @@ import pytest
 import torch
 from circuits.networks import token_model
 from circuits.test_pruning import LIGHT, Data, StopAt, pruner, tokens, trainer
-from lightning import Trainer
 
 from pdprune.adversary.opponent import TrainingAdversary
 from pdprune.circuits.frontier import FrontierPruner, Levels
@@ -188,12 +187,6 @@ def test_levels_that_make_no_sense_are_refused_in_one_line(levels: dict[str, Any
 def test_more_nodes_than_there_are_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="got 7; expected at most the 6 nodes"):
         learned(tmp_path, frontier(Levels(target_nodes=(3, 7))))
-
-
-def test_several_processes_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "world_size", 2)
-    with pytest.raises(UserError, match="got 2 processes for a frontier; expected 1"):
-        learned(tmp_path, frontier())
 
 
 # -- the result ------------------------------------------------------------------------------------------------------
