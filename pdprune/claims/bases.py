@@ -21,7 +21,7 @@ class Settings:
         bases: kinds of nodes (`pdprune.claims.nodes`), all of the same matrices; also paths of saved decompositions.
         sampled: path of the saved decomposition that was learned by sampling, a row of its own: none ships.
         tasks: of the target.
-        seeds: of pruning; the learned components are one seed's.
+        seeds: of pruning, and of which prompts are drawn; the learned components are one seed's.
         target_loss: task cross-entropy, in nats.
         train, others: prompts to learn gates on; to choose the circuit on, and as many to audit on.
         steps: keep steps.

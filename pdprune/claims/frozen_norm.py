@@ -23,7 +23,7 @@ class Settings:
         target, tasks: a shipped language model and tasks of it.
         schemes: to prune by.
         norm_scales: while pruning; the audit is live.
-        seeds: of pruning.
+        seeds: of pruning, and of which prompts are drawn.
         target_loss: task cross-entropy, in nats.
         train, others: prompts to learn gates on; to choose the circuit on, and as many to audit on.
         steps: keep steps.

@@ -25,6 +25,8 @@ from pdprune.targets import load_target
 from pdprune.tasks import TaskData
 
 BATCH_SIZE = 64
+EVERYTHING = 1 << 20
+"""Prompts in a batch, when a split should be one batch."""
 SELECTION = Selection(drop_scores=12, swap_scores=60)
 """Dropping nodes one by one is dear, and makes a circuit of hundreds only a little smaller."""
 
@@ -38,15 +40,41 @@ class Splits:
     held_out: list[Any]
 
     @classmethod
-    def of(cls, task: str, target: str, train: int, others: int, seed: int = 0) -> Splits:
-        """So many prompts of the training split, and of each of the other two."""
-        data = TaskData(task, target, n_train=train, n_select=others, n_held_out=others, seed=seed)
-        in_batches = TaskData(task, target, n_train=train, audit_batch_size=BATCH_SIZE, seed=seed)
-        return cls(in_batches.train_batches(), data.select_batches(), data.held_out_batches())
+    def of(cls, task: str, target: str, train: int, others: int, seed: int | None = None) -> Splits:
+        """So many prompts of the training split, and of each of the other two.
+
+        Args:
+            task, target: names of shipped ones.
+            train, others: how many.
+            seed: draws them from their split; without, they are the first.
+        """
+        data = TaskData(task, target, audit_batch_size=EVERYTHING)
+        (all_train,), (all_select,), (all_held_out,) = (
+            data.train_batches(),
+            data.select_batches(),
+            data.held_out_batches(),
+        )
+        return cls(
+            _in_batches(_drawn(all_train, train, "train", seed), BATCH_SIZE),
+            [_drawn(all_select, others, "select", seed)],
+            [_drawn(all_held_out, others, "held_out", seed)],
+        )
 
     def relabelled(self, how: str, seed: int) -> Splits:
         """With other answers: `wrong`, the first wrong one; `shuffled`, other prompts'; `right`, as they are."""
         return Splits(*(_relabelled(split, how, seed) for split in (self.train, self.select, self.held_out)))
+
+
+def _drawn(whole: Any, size: int, name: str, seed: int | None) -> Any:
+    """Some prompts of a split; fewer if it has fewer."""
+    n = as_batch(whole).size
+    order = torch.arange(n) if seed is None else torch.randperm(n, generator=generator(seed, "prompts of", name))
+    return as_batch(whole).select(order[:size]).raw
+
+
+def _in_batches(whole: Any, size: int) -> list[Any]:
+    batch = as_batch(whole)
+    return [batch.select(part).raw for part in torch.arange(batch.size).split(size)]
 
 
 def _relabelled(batches: Sequence[Any], how: str, seed: int) -> list[Any]:

@@ -30,7 +30,7 @@ class Settings:
         tasks: the last one is nonsense: its answer goes by the first letter of the prompt.
         nodes: kinds of nodes (`pdprune.claims.nodes`).
         schemes: to prune by.
-        seeds: of pruning.
+        seeds: of pruning, and of the order of prompts.
         shares: of the nodes: the sizes at which each ranking is audited besides.
         train, others: prompts to learn gates on; to choose the circuit on, and as many to audit on.
         steps: keep steps.
@@ -91,7 +91,7 @@ def run(
     )
     ranking = learned_ranking(pruner, data, steps)
     selected = pruner.select(data)
-    splits = Splits.of(task, target, train, others, seed)
+    splits = Splits.of(task, target, train, others)
     curve = [top(ranking, round(share * model.n_nodes)) for share in shares]
     return {
         "reached": selected.reached,

@@ -14,6 +14,7 @@ from pdprune.circuits.schemes import SchemeName
 from pdprune.claims.experiment import Cell, Experiment, Figures, Result, shared_by
 from pdprune.claims.intervals import bootstrap, markdown, over_seeds
 from pdprune.claims.language import BATCH_SIZE, Splits, audited, language_model, pruned, reference_of, task_scores
+from pdprune.seeding import generator
 from pdprune.targets import load_target
 
 SCHEMES: tuple[SchemeName, ...] = get_args(SchemeName)
@@ -27,7 +28,7 @@ class Settings:
 
     Attributes:
         target, task: a shipped language model and a task of it.
-        seeds: of pruning. Each prunes on two disjoint halves of the training prompts.
+        seeds: of pruning, and of the order of batches. Each prunes on two disjoint halves of the training prompts.
         target_loss: task cross-entropy, in nats.
         train, others: prompts of both halves together; to choose the circuit on, and as many to audit on.
         steps: keep steps.
@@ -73,7 +74,8 @@ def run(
 ) -> Figures:
     """Prune on one half of the prompts; how the circuit does on held-out prompts, and on those from elsewhere."""
     splits = Splits.of(task, target, train, others)
-    splits = Splits(splits.train[half::2], splits.select, splits.held_out)
+    order = torch.randperm(len(splits.train[half::2]), generator=generator(seed, "order of batches"))
+    splits = Splits([splits.train[half::2][index] for index in order], splits.select, splits.held_out)
     model = language_model(target)
     circuit = pruned(model, splits, scheme, target_loss, steps, seed)
     found = audited(model, circuit, splits, target_loss, seed)

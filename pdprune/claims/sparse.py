@@ -16,16 +16,15 @@ from pdprune.adversary.objective import masked_losses
 from pdprune.batches import as_batches
 from pdprune.circuits.audit import as_gates
 from pdprune.circuits.gates import Sparsity
-from pdprune.circuits.prune import learn_gates
+from pdprune.circuits.prune import InMemory, learn_gates
 from pdprune.circuits.pruning import CircuitPruner, Learning
 from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped, require_known, shared_by
 from pdprune.claims.figures import HEAD, audit_figures, columns
 from pdprune.claims.intervals import markdown
-from pdprune.claims.language import BATCH_SIZE, Splits, audited, pruned
+from pdprune.claims.language import Splits, audited, pruned
 from pdprune.claims.nodes import CHANNELS, in_nodes
 from pdprune.claims.ranking import smallest_top
 from pdprune.decomposition import DecomposedModel
-from pdprune.tasks import TaskData
 
 Way = Literal["recipe", "adversarial"]
 RECIPE = Learning(gate_map="heaviside", sparsity=Sparsity("l0"), lr=3e-3)
@@ -44,7 +43,7 @@ class Settings:
         target_losses: task cross-entropy, in nats. The sparse model's own is 0.12 for `quote` and 0.05 for `colon`,
             so that 0.15, which was published, leaves a faithful circuit of `quote` no room.
         ways: to find a circuit: the published recipe, or against an adversary.
-        seeds: of pruning.
+        seeds: of pruning, and of which prompts are drawn.
         train, others: prompts to learn gates on; to choose the circuit on, and as many to audit on.
         steps, recipe_steps: keep steps against the adversary; of the recipe, whose steps cost a fifth.
     """
@@ -106,14 +105,13 @@ def run(
     splits = Splits.of(task, target, train, others, seed)
     keep: torch.Tensor | set[int]
     if way == "recipe":
-        data = TaskData(task, target, batch_size=BATCH_SIZE, n_train=train, n_select=others, seed=seed)
-        keep = by_recipe(model, data, target_loss, steps, seed)
+        keep = by_recipe(model, splits, target_loss, steps, seed)
     else:
         keep = pruned(model, splits, "adversarial", target_loss, steps, seed).keep
     return audit_figures(audited(model, keep, splits, target_loss, seed))
 
 
-def by_recipe(model: DecomposedModel, data: TaskData, target_loss: float, steps: int, seed: int) -> set[int]:
+def by_recipe(model: DecomposedModel, splits: Splits, target_loss: float, steps: int, seed: int) -> set[int]:
     """The circuit that the published recipe finds, chosen on the select split.
 
     As published are the gate map and how it starts, the price of a node, the learning rate and the bisection; the steps
@@ -128,8 +126,9 @@ def by_recipe(model: DecomposedModel, data: TaskData, target_loss: float, steps:
         learning=RECIPE,
         seed=seed,
     )
-    learn_gates(pruner, data, steps)
-    losses = masked_losses(model, as_batches(data.select_batches()), "ce", pruner.reference)
+    select = as_batches(splits.select)
+    learn_gates(pruner, InMemory(as_batches(splits.train), select), steps)
+    losses = masked_losses(model, select, "ce", pruner.reference)
     judge = pruner.scorer(losses)
     return smallest_top(pruner.theta.detach(), lambda keep: judge.score(as_gates(keep, model)) <= target_loss)
 

@@ -25,7 +25,7 @@ class Settings:
 
     Attributes:
         target, tasks: a shipped language model and tasks of it.
-        seeds: of pruning.
+        seeds: of pruning, and of the order of prompts.
         shares: of the nodes: the sizes at which each ranking is audited.
         goal: whether gates are learned for a number of `nodes`, or for a `loss`.
         target_share: of the nodes: how many.

@@ -21,7 +21,6 @@ from pdprune.claims.language import Splits, audited
 from pdprune.claims.nodes import CHANNELS, in_nodes
 from pdprune.claims.registry import EXPERIMENTS
 from pdprune.claims.sparse import by_recipe
-from pdprune.tasks import TaskData
 
 LEARNED, HEADS = "learned components", "neurons and heads"
 
@@ -80,8 +79,8 @@ def test_frozen_norm_in_small(tmp_path: Path) -> None:
 def test_the_recipe_keeps_what_its_gates_leave_open_longest() -> None:
     """A circuit within the target loss on the prompts that it was chosen on, if any top of the ranking is."""
     model = in_nodes("dense-py", CHANNELS)
-    data = TaskData("quote", "dense-py", n_train=64, n_select=16, seed=0)
-    within = {target: by_recipe(model, data, target, steps=3, seed=0) for target in (0.2, 5.0)}
+    splits = Splits.of("quote", "dense-py", 64, 16)
+    within = {target: by_recipe(model, splits, target, steps=3, seed=0) for target in (0.2, 5.0)}
     assert within[5.0] < within[0.2] < set(range(model.n_nodes))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,20 @@ def splits() -> Splits:
 def test_splits_are_of_the_sizes_asked_for(splits: Splits) -> None:
     assert [len(batch["labels"]) for batch in splits.train] == [64, 64]
     assert [len(batch["labels"]) for batch in (*splits.select, *splits.held_out)] == [16, 16]
+
+
+def test_a_seed_draws_the_prompts_of_every_split(splits: Splits) -> None:
+    drawn, again, others = (Splits.of("quote", "dense-py", 128, 16, seed) for seed in (0, 0, 1))
+    for name in ("train", "select", "held_out"):
+        first, one, two, other = (_prompts(getattr(each, name)) for each in (splits, drawn, again, others))
+        assert one == two and len(set(one)) == len(set(first)) == len(first)
+        assert one != first and one != other and set(one) != set(other)
+    everything = {name: set(_prompts(getattr(drawn, name))) for name in ("train", "select", "held_out")}
+    assert not everything["train"] & everything["held_out"] and not everything["select"] & everything["held_out"]
+
+
+def _prompts(batches: list[dict[str, Any]]) -> list[tuple[int, ...]]:
+    return [tuple(row) for batch in batches for row in batch["inputs"]["input_ids"].tolist()]
 
 
 def test_other_answers(splits: Splits) -> None:
