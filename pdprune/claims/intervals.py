@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,10 @@ class Interval(NamedTuple):
     def within(self, least: float, most: float) -> Interval:
         """Cut at the bounds of what is measured: a share lies between 0 and 1."""
         return self._replace(low=max(least, self.low), high=min(most, self.high))
+
+    def through(self, rising: Callable[[float], float]) -> Interval:
+        """Of logarithms, by `exp`: the geometric mean and its interval."""
+        return self._replace(mean=rising(self.mean), low=rising(self.low), high=rising(self.high))
 
     def show(self, digits: int = 2) -> str:
         """`0.93 [0.87, 0.99]`, or the mean alone where all repetitions agree or there is one."""

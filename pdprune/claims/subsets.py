@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -9,7 +11,7 @@ from typing import Literal, get_args
 from pdprune.circuits.pruning import CircuitPruner
 from pdprune.circuits.schemes import SchemeName
 from pdprune.claims.experiment import Cell, Experiment, Figures, Result, grouped, require_known, shared_by
-from pdprune.claims.intervals import markdown, over_seeds
+from pdprune.claims.intervals import bootstrap, markdown, over_seeds
 from pdprune.claims.language import BATCH_SIZE, Splits, audited, language_model
 from pdprune.claims.ranking import learned_ranking
 from pdprune.claims.recovery import top
@@ -119,18 +121,45 @@ def run(
 
 
 def table(results: Sequence[Result]) -> str:
-    """Task and scheme by size: the worst case, and in brackets the loss with the rest ablated."""
-    shares = results[0].cell["shares"]
+    """Task and scheme by size: the worst case, in brackets the loss with the rest ablated; then schemes compared."""
+    sizes = [f"{share:.0%}" for share in results[0].cell["shares"]]
     rows = []
     for (task, scheme), of_it in grouped(results, "task", "scheme").items():
         row = [f"{task}, {scheme} ({len(of_it)} seeds)"]
-        for place in range(len(shares)):
+        for place in range(len(sizes)):
             worst, complete = (
                 over_seeds([one["curve"][place][what] for one in of_it]).show() for what in ("worst_ce", "complete_ce")
             )
             row.append(f"{worst} ({complete})")
         rows.append(row)
-    return markdown(["CE by the adversary (rest ablated), by nodes kept", *(f"{s:.0%}" for s in shares)], rows)
+    curves = markdown(["CE by the adversary (rest ablated), by nodes kept", *sizes], rows)
+    return f"{curves}\n\n{_compared(results, sizes)}"
+
+
+def _compared(results: Sequence[Result], sizes: Sequence[str]) -> str:
+    """The worst case of each ranking over that of another of the same task and seed: the geometric mean over pairs."""
+    worst = {
+        (result.cell["scheme"], result.cell["task"], result.cell["seed"]): [
+            point["worst_ce"] for point in result.figures["curve"]
+        ]
+        for result in results
+    }
+    rows = []
+    for one, other in itertools.combinations(reversed(SCHEMES), 2):
+        pairs = [
+            (curve, worst[other, *of])
+            for (scheme, *of), curve in worst.items()
+            if scheme == one and (other, *of) in worst
+        ]
+        if not pairs:
+            continue
+        row = [f"{one} over {other} ({len(pairs)} pairs)"]
+        for place in range(len(sizes)):
+            ratios = bootstrap([math.log(first[place] / second[place]) for first, second in pairs])
+            lower = sum(first[place] < second[place] for first, second in pairs)
+            row.append(f"{ratios.through(math.exp).show()}; {lower}/{len(pairs)}")
+        rows.append(row)
+    return markdown(["worst case; pairs in which it is lower", *sizes], rows)
 
 
 EXPERIMENT = Experiment(
