@@ -313,16 +313,12 @@ def bent_pairs(pairs: int, bystanders: int, routes: int = 1, backed_up: bool = F
     """
     noise = signal_and_noise(0, routes + pairs + bystanders, 64)[1]
     told, of_pairs, little = noise.split([routes, pairs, bystanders], 1)
-    write, inputs = [torch.eye(routes), torch.eye(pairs).repeat_interleave(2, 1) / 2], [told, of_pairs.repeat_interleave(2, 1)]
-    if backed_up:
-        write.append(torch.eye(routes).repeat_interleave(2, 1))
-        inputs.append(told.repeat_interleave(2, 1))
-    else:
-        write.append(torch.zeros(routes, 0))
-    write.append(torch.full((1, bystanders), 0.1))
-    model = by_neuron(_Bent(torch.block_diag(*write), routes, pairs), ["write"])
-    truth = set(range(routes + 2 * pairs))
-    return Puzzle(model, torch.cat([*inputs, little], 1), 0.02, [set(range(routes))], [truth])
+    halves, one = torch.eye(pairs).repeat_interleave(2, 1) / 2, torch.eye(routes)
+    two = one.repeat_interleave(2, 1) if backed_up else one[:, :0]
+    write = torch.block_diag(one, halves, two, torch.full((1, bystanders), 0.1))
+    inputs = torch.cat([told, of_pairs.repeat_interleave(2, 1), told @ two, little], 1)
+    model = by_neuron(_Bent(write, routes, pairs), ["write"])
+    return Puzzle(model, inputs, 0.02, [set(range(routes))], [set(range(routes + 2 * pairs))])
 
 
 def noisy_sequences(
