@@ -63,10 +63,7 @@ def test_of_all_circuits_of_bent_pairs_the_truth_is_the_one_smallest_that_holds(
             present: float(losses.per_example(torch.tensor(present, dtype=torch.float)).mean())
             for present in itertools.product((0, 1), repeat=n)
         }
-    worst = {
-        keep: max(loss[present] for present in loss if all(there or not kept for there, kept in zip(present, keep)))
-        for keep in loss
-    }
+    worst = {keep: max(loss[present] for present in loss if all(map(int.__ge__, present, keep))) for keep in loss}
     least = min(sum(keep) for keep, value in worst.items() if value <= puzzle.target_loss)
     smallest = {keep: value for keep, value in worst.items() if sum(keep) <= least}
     holds = [keep for keep, value in smallest.items() if value <= puzzle.target_loss]
