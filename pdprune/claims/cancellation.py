@@ -18,6 +18,7 @@ from pdprune.claims.experiment import Cell, Experiment, Figures, Result, require
 from pdprune.claims.intervals import bootstrap, markdown, over_seeds
 from pdprune.claims.planted.handmade import (
     backup,
+    bent_pairs,
     bypassed_attention,
     cancelling_sets_among_bystanders,
     correlated_shortcut,
@@ -44,6 +45,8 @@ NETWORKS: dict[str, Callable[[int, int], Planted]] = {
     "sets of 2 and 3": lambda seed, _: of_puzzle(cancelling_sets_among_bystanders(2, 2, 3, 8, seed), seed),
     "pairs across sites": lambda seed, _: of_puzzle(pairs_across_sites(2, idle=6), seed),
     "40 pairs": lambda seed, _: of_puzzle(cancelling_sets_among_bystanders(40, 1, 1, 39, seed), seed),
+    "bent pairs": lambda seed, _: of_puzzle(bent_pairs(3, 6), seed),
+    "bent pairs, backups": lambda seed, _: of_puzzle(bent_pairs(2, 6, routes=3, backed_up=True), seed),
     "superposed MLP": superposition,
     "program transformer": interchange,
 }

@@ -19,6 +19,7 @@ from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.prune import prune
 from pdprune.claims.planted.handmade import (
     Puzzle,
+    bent_pairs,
     bypassed_attention,
     cancelling_sets,
     embedded_pairs,
@@ -44,6 +45,8 @@ PUZZLES: dict[str, Puzzle] = {
     "attention of 3 pairs": bypassed_attention(3),
     "pairs across sites": pairs_across_sites(2, idle=3),
     "pairs in an embedding": embedded_pairs(3),
+    "bent pairs": bent_pairs(2, 4),
+    "bent pair and a backup": bent_pairs(1, 2, backed_up=True),
 }
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
+from pdprune.adversary.objective import MaskedLoss
+from pdprune.batches import as_batch
 from pdprune.claims.__main__ import main
 from pdprune.claims.attribution import attributions
 from pdprune.claims.cancellation import EXPERIMENT, HAND_MADE, NETWORKS
 from pdprune.claims.experiment import saved_cells
+from pdprune.claims.planted.handmade import Puzzle, bent_pairs
 from pdprune.claims.planted.interchange import FLAG_A, FLAG_B, ProgramTransformer, draw, operands, program, train
 from pdprune.claims.planted.superposition import train as train_superposed
-from pdprune.claims.recovery import auroc
+from pdprune.claims.recovery import auroc, recovery, top
 from pdprune.seeding import generator
 
 
@@ -46,6 +50,36 @@ def test_attributions_of_a_network_whose_inputs_differ_in_weight() -> None:
     for name in ("patching", "gradient", "integrated"):
         assert auroc(scores[name], planted.truth) == 1, name
     assert scores["random"].shape == (planted.model.n_nodes,)
+
+
+@pytest.mark.parametrize(
+    "puzzle", [bent_pairs(2, 2), bent_pairs(1, 2, backed_up=True), bent_pairs(1, 1, routes=2, backed_up=True)]
+)
+def test_of_all_circuits_of_bent_pairs_the_truth_is_the_one_smallest_that_holds(puzzle: Puzzle) -> None:
+    n = puzzle.model.n_nodes
+    losses = MaskedLoss(puzzle.model, as_batch(puzzle.batch))
+    with torch.no_grad():
+        loss = {
+            present: float(losses.per_example(torch.tensor(present, dtype=torch.float)).mean())
+            for present in itertools.product((0, 1), repeat=n)
+        }
+    worst = {keep: max(loss[present] for present in loss if all(map(int.__ge__, present, keep))) for keep in loss}
+    least = min(sum(keep) for keep, value in worst.items() if value <= puzzle.target_loss)
+    smallest = {keep: value for keep, value in worst.items() if sum(keep) <= least}
+    holds = [keep for keep, value in smallest.items() if value <= puzzle.target_loss]
+    assert [set(itertools.compress(range(n), keep)) for keep in holds] == puzzle.adversarial
+    assert smallest.pop(holds[0]) < puzzle.target_loss / 4 and min(smallest.values()) > 5 * puzzle.target_loss
+
+
+def test_no_ranking_finds_bent_pairs_with_backups() -> None:
+    """Patching sees the pairs alone, integrated gradients what tells the answer alone, gradients neither."""
+    bent, both = NETWORKS["bent pairs"](0, 0), NETWORKS["bent pairs, backups"](0, 0)
+    in_bent, in_both = (
+        {name: recovery(top(scores, len(planted.truth)), planted.truth).f1 for name, scores in ranked.items()}
+        for planted, ranked in ((bent, attributions(bent, 0)), (both, attributions(both, 0)))
+    )
+    assert in_bent["patching"] == 1 and max(in_bent["gradient"], in_bent["integrated"]) < 0.3
+    assert max(in_both.values()) < 0.7
 
 
 def test_the_planted_components_make_up_the_weight() -> None:

@@ -277,6 +277,50 @@ def backup(bystanders: int = 6) -> Puzzle:
     return Puzzle(by_neuron(_Backup(bystanders), ["write"]), inputs, 0.02, [{0}], [{0}])
 
 
+class _Bent(nn.Module):
+    """Routes that saturate, pairs of which either node is heard without the other, and backups of the routes.
+
+    `write` maps nodes to rows: one a route, one a pair, one a route's backup, and one that goes straight to the logit.
+    """
+
+    def __init__(self, write: Tensor, routes: int, pairs: int) -> None:
+        super().__init__()
+        self.rows = [routes, pairs, routes, 1]
+        self.write = nn.Linear(write.shape[1], write.shape[0], bias=False)
+        with torch.no_grad():
+            self.write.weight.copy_(write)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, pair, two, direct = self.write(x).split(self.rows, -1)
+        both = two.sign() * torch.relu(two.abs() - 1)
+        there = pair.abs()  # 0, 1/2 or 1
+        heard = torch.relu(there - 1 / 4) - 2 * torch.relu(there - 1 / 2) + torch.relu(there - 3 / 4)
+        parts = torch.cat([(5 * one + 5 * both).clamp(-1, 1), pair.sign() * 4 * heard], -1)
+        logit = 3 * parts.sum(-1, keepdim=True) + direct
+        return torch.cat([logit, torch.zeros_like(logit)], -1)
+
+
+def bent_pairs(pairs: int, bystanders: int, routes: int = 1, backed_up: bool = False) -> Puzzle:
+    """Each route's one node tells a part of the answer; pairs cancel through ReLUs, not by adding up to zero.
+
+    A pair is an exclusive or: with both of its nodes or with neither it is silent, with one the logit moves by 3. On
+    the way from all ablated to none, where all nodes come back alike, it is silent up to 1/4 and from 3/4; from 1/2 on
+    it undoes what it did before. Routes saturate at 1/5. So a pair's gradient is zero at both ends, and all but
+    cancels along the way, for every example; that of bystanders, which move the logit by 0.1, does not.
+
+    With `backed_up`, two more nodes a route do together what its one does, so that none of them is needed while all
+    others are there. The circuit of fewest nodes still is the ones and the pairs, which are the first nodes.
+    """
+    noise = signal_and_noise(0, routes + pairs + bystanders, 64)[1]
+    told, of_pairs, little = noise.split([routes, pairs, bystanders], 1)
+    halves, one = torch.eye(pairs).repeat_interleave(2, 1) / 2, torch.eye(routes)
+    two = one.repeat_interleave(2, 1) if backed_up else one[:, :0]
+    write = torch.block_diag(one, halves, two, torch.full((1, bystanders), 0.1))
+    inputs = torch.cat([told, of_pairs.repeat_interleave(2, 1), told @ two, little], 1)
+    model = by_neuron(_Bent(write, routes, pairs), ["write"])
+    return Puzzle(model, inputs, 0.02, [set(range(routes))], [set(range(routes + 2 * pairs))])
+
+
 def noisy_sequences(
     idle: int, noise: float, positions: int, sizes: tuple[int, ...], seed: int = 0
 ) -> tuple[Puzzle, list[Tensor]]:

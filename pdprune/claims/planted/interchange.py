@@ -12,6 +12,7 @@ Shape suffixes: B batch, T position, D width, H head, K width of one head, G gro
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,9 @@ LENGTH, WIDTH, HEADS, GROUPS, GROUP = 6, 32, 8, 6, 16
 NODES = HEADS + GROUPS
 TRUE = {FLAG_A: (0, 1, HEADS), FLAG_B: (2, 3, HEADS + 1)}
 """By flag, the nodes of first operand, second operand and answer; heads are the first nodes, then groups."""
-BATCH = 256
+BATCH = 128
+"""Examples of each flag in a training step; of each batch of the behaviour, twice as many."""
+WARM_UP, LEARNING_RATE = 100, 0.003
 TARGET_LOSS = 0.1
 
 
@@ -46,7 +49,7 @@ class ProgramTransformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(QUESTION + 1, WIDTH)
-        self.places = nn.Parameter(torch.randn(LENGTH, WIDTH) / WIDTH**0.5)
+        self.places = nn.Parameter(torch.randn(LENGTH, WIDTH))  # as large as tokens, or heads tell places apart late
         self.norm_attn, self.norm_mlp, self.norm_out = (nn.RMSNorm(WIDTH) for _ in range(3))
         self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.out = nn.Linear(WIDTH, WIDTH)
@@ -100,15 +103,20 @@ def train(steps: int, seed: int) -> ProgramTransformer:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = ProgramTransformer()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.003, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    for step in range(steps):
-        loss = _interchange_loss(network, (FLAG_A, FLAG_B)[step % 2], rng)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, max(1, steps)))
+    for _ in range(steps):
+        loss = _interchange_loss(network, FLAG_A, rng) + _interchange_loss(network, FLAG_B, rng)
         optimizer.zero_grad()
-        loss.backward()
+        (loss / 2).backward()
         optimizer.step()
         schedule.step()
     return network.eval().requires_grad_(False)
+
+
+def _share_of_rate(step: int, steps: int) -> float:
+    """Of the learning rate: rising while it warms up, times half a cosine."""
+    return min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _interchange_loss(network: ProgramTransformer, flag: int, rng: torch.Generator) -> Float[Tensor, ""]:
@@ -139,7 +147,7 @@ def interchange(seed: int, steps: int) -> Planted:
     model = DecomposedModel.from_components(network, components, nodes)
     model, truth = shuffled(model, set(TRUE[FLAG_A]), seed)
     rng = generator(seed, "interchange behaviour")
-    batches = [_batch(draw(BATCH, FLAG_A, rng)) for _ in range(3)]
+    batches = [_batch(draw(2 * BATCH, FLAG_A, rng)) for _ in range(3)]
     return Planted(model, batches[:2], batches[2:], "kl", "resample", TARGET_LOSS, truth)
 
 
