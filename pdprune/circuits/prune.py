@@ -27,7 +27,7 @@ from pdprune.loaders import FixedLoader
 from pdprune.losses import LossFunction
 
 
-class _InMemory(LightningDataModule):
+class InMemory(LightningDataModule):
     """Batches at hand, as the two splits that a pruner reads."""
 
     def __init__(self, train: Sequence[Batch], select: Sequence[Batch]) -> None:
@@ -130,7 +130,7 @@ def prune(
         norm_scales=norm_scales,
         seed=seed,
     )
-    data = _InMemory(train_split, select_split)
+    data = InMemory(train_split, select_split)
     pruner.prepare(data)
     if not pruner.exhaustive([MaskedLoss(model, select_split[0], loss)]):
         device = model.delta_sites.device
