@@ -39,8 +39,6 @@ CASES: dict[str, tuple[str, str, str]] = {
 EVERY_MATRIX = "singular vectors of every matrix"
 GRAPHS: dict[str, tuple[SchemeName, ...]] = {EVERY_MATRIX: SCHEMES, CHANNELS: ("complete",)}
 """What the nodes are, with the schemes that are asked; of neurons and channels, how far complete ablation comes."""
-HALF_OPEN = LeakyHardSigmoid(start=0.5)
-"""Where all gates begin. From open gates, next to a model that is at odds with the answers, little is found."""
 PERCENTS = (*range(1, 20), *range(20, 101, 5))
 """Of the nodes: the sizes that a ranking is cut at."""
 PASSES: dict[SchemeName, int] = {"complete": 1, "stochastic": 1, "adversarial": 5}
@@ -59,6 +57,7 @@ class Settings:
         seeds: of pruning; of labels and weights, where they are drawn.
         target_loss: the cross-entropy asked for, in nats; chance is 0.69.
         aim: share of it that the loss is held at while gates are learned, since whole nodes do worse than gates.
+        start: how open all gates are at first. Open ones begin at the model, which is at odds with the answers.
         share: of the nodes: a size at which every ranking is audited besides.
         train, others: prompts to learn gates on; to choose the circuit on, and as many to audit on. Shuffled answers
             are learned, and the circuit chosen, on one batch of 64.
@@ -72,6 +71,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     target_loss: float = 0.3
     aim: float = 0.5
+    start: float = 0.5
     share: float = 0.1
     train: int = 512
     others: int = 64
@@ -95,7 +95,7 @@ SMALL = Settings(
 
 def cells(settings: Settings) -> list[Cell]:
     """One for every seed, graph, case and scheme."""
-    shared = shared_by(settings, "target", "target_loss", "aim", "share", "train", "others", "passes")
+    shared = shared_by(settings, "target", "target_loss", "aim", "start", "share", "train", "others", "passes")
     axes = {"case": settings.cases, "scheme": settings.schemes, "graph": settings.graphs, "seed": settings.seeds}
     return [cell for cell in crossed(axes, shared) if cell["scheme"] in GRAPHS[cell["graph"]]]
 
@@ -108,6 +108,7 @@ def run(
     target: str,
     target_loss: float,
     aim: float,
+    start: float,
     share: float,
     train: int,
     others: int,
@@ -127,7 +128,7 @@ def run(
         learning=Learning(aim=aim),
         seed=seed,
     )
-    pruner.gate_map = HALF_OPEN
+    pruner.gate_map = LeakyHardSigmoid(start=start)
     data = InMemory(as_batches(splits.train), as_batches(splits.select))
     ranking = learned_ranking(pruner, data, passes // PASSES[scheme])
     scorer = pruner.scorer(pruner.select_losses(data))
