@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,13 +95,25 @@ def _shuffled(labels: torch.Tensor, seed: int, index: int) -> torch.Tensor:
 
 
 def language_model(target: str, weights: str = "trained", seed: int = 0) -> DecomposedModel:
-    """A shipped model by neurons and channels; with `random` weights, the same architecture before any training."""
-    module = load_target(target).module
-    if weights == "random":
-        module = untrained(module, seed)
-    model = decompose(module.requires_grad_(False), SITES, "neuron")
+    """A shipped model by neurons and channels; `weights` as in `module_of`."""
+    model = decompose(module_of(target, weights, seed), SITES, "neuron")
     model.target_name = target if weights == "trained" else f"{target}, untrained"
     return model
+
+
+def module_of(target: str, weights: str = "trained", seed: int = 0) -> nn.Module:
+    """A shipped model, frozen; or its architecture before any training (`random`), or with shuffled weights."""
+    module = load_target(target).module
+    match weights:
+        case "trained":
+            found = module
+        case "random":
+            found = untrained(module, seed)
+        case "shuffled":
+            found = shuffled_within_matrices(module, seed)
+        case _:
+            raise AssertionError(f"no weights {weights!r}")
+    return found.requires_grad_(False)
 
 
 def untrained(module: nn.Module, seed: int) -> nn.Module:
@@ -109,6 +122,17 @@ def untrained(module: nn.Module, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         fresh = type(module)(module.config)
     return fresh.eval()
+
+
+def shuffled_within_matrices(module: nn.Module, seed: int) -> nn.Module:
+    """The entries of every matrix in another order: random weights of the sizes that training makes."""
+    shuffled = copy.deepcopy(module)
+    rng = generator(seed, "shuffled weights")
+    with torch.no_grad():
+        for matrix in (parameter for parameter in shuffled.parameters() if parameter.ndim == 2):
+            order = torch.randperm(matrix.numel(), generator=rng)
+            matrix.copy_(matrix.flatten()[order].view_as(matrix))
+    return shuffled
 
 
 def pruned(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pdprune.circuits.schemes import SchemeName
 from pdprune.claims.__main__ import main
 from pdprune.claims.experiment import Result, saved_cells
-from pdprune.claims.language import Splits, language_model, reference_of, task_scores
+from pdprune.claims.language import Splits, language_model, module_of, reference_of, task_scores
 from pdprune.claims.nonsense import EXPERIMENT as NONSENSE
+from pdprune.claims.nonsense import GRAPHS, smallest_or_best, splits_of
 from pdprune.claims.overlap import ELSEWHERE, after, jaccard
 from pdprune.claims.overlap import EXPERIMENT as OVERLAP
 from pdprune.targets import load_target
@@ -71,6 +75,57 @@ def test_prompts_after_a_comment_are_the_same_prompts(splits: Splits) -> None:
     assert task_scores(model, [moved], None, reference_of(model, splits, 0))[1] > 0.6
 
 
+def test_shuffled_weights_are_those_of_the_model_in_another_order() -> None:
+    model, shuffled = (dict(module_of("dense-py", weights).named_parameters()) for weights in ("trained", "shuffled"))
+    for name, parameter in model.items():
+        assert torch.equal(parameter.flatten().sort().values, shuffled[name].flatten().sort().values)
+        assert torch.equal(parameter, shuffled[name]) == (parameter.ndim == 1)
+    assert torch.equal(model["unembed.weight"], load_target("dense-py").module.state_dict()["unembed.weight"])
+
+
+def test_what_is_learned_by_heart_is_chosen_on_what_was_learned() -> None:
+    by_heart = splits_of("quote", "shuffled", "dense-py", 128, 16, 0)
+    assert by_heart.train == by_heart.select and len(by_heart.train) == 1
+    assert len(by_heart.train[0]["labels"]) == 64 and len(by_heart.held_out[0]["labels"]) == 16
+    right = splits_of("quote", "right", "dense-py", 128, 16, 0)
+    assert [len(batch["labels"]) for batch in (*right.train, *right.select)] == [64, 64, 16]
+
+
+@dataclass
+class Sized:
+    """A circuit's loss is a function of how many nodes it keeps; the higher a node ranks the sooner it is kept."""
+
+    loss: Callable[[int], float]
+    ranking: torch.Tensor
+    asked: list[int] = field(default_factory=list)
+
+    def score(self, keep: torch.Tensor, stop_above: float | None = None) -> float:
+        size = int(keep.sum())
+        assert size == len(keep) or self.ranking[keep > 0].min() > self.ranking[keep == 0].max()
+        self.asked.append(size)
+        return self.loss(size)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "loss", "found"),
+    [
+        ("complete", lambda size: abs(size - 50) / 100, (20, True)),  # 20 to 80 of 100 will do: the fewest of them
+        ("complete", lambda size: 1 + abs(size - 13) / 100, (13, False)),  # none will do: the best
+        ("adversarial", lambda size: 1.0 if size < 70 else 0.1, (70, True)),
+        ("adversarial", lambda size: 2 - size / 100, (100, False)),  # all nodes: the model itself
+    ],
+)
+def test_the_smallest_circuit_within_a_loss_or_the_best(
+    scheme: SchemeName, loss: Callable[[int], float], found: tuple[int, bool]
+) -> None:
+    ranking = torch.randperm(100, generator=torch.Generator().manual_seed(0)).float()
+    scorer = Sized(loss, ranking)
+    keep, reached = smallest_or_best(ranking, scorer, scheme, 0.3)
+    assert (int(keep.sum()), reached) == found
+    if scheme == "adversarial" and not reached:
+        assert scorer.asked == [100], "no attack on circuits that cannot hold"
+
+
 @pytest.mark.slow
 def test_wrong_answers_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Too short a training to find much: that cells are made, saved, and add up to a table."""
@@ -83,8 +138,15 @@ def test_wrong_answers_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert f"| wrong answers, {scheme} |" in printed
         assert figures["model_ce"] > 1 and figures["worst_ce"] >= figures["complete_ce"]
         assert figures["faithful"] is False
-    adversarial = by_scheme["adversarial"]
-    assert adversarial["reached"] is False and adversarial["kept"] == 960  # no circuit can hold: all nodes are returned
+        assert figures["at_share"]["kept"] == 144
+    complete, adversarial = by_scheme["complete"], by_scheme["adversarial"]
+    assert complete["kept"] < 1440 and complete["chosen_on"]["ce"] < adversarial["chosen_on"]["ce"]
+    assert adversarial["reached"] is False and adversarial["kept"] == 1440  # no worst case is below the model's loss
+
+
+def test_a_graph_is_asked_of_by_its_own_schemes() -> None:
+    asked = {(cell["graph"], cell["scheme"]) for cell in NONSENSE.cells(NONSENSE.settings)}
+    assert asked == {(graph, scheme) for graph, schemes in GRAPHS.items() for scheme in schemes}
 
 
 def test_overlaps_by_hand() -> None:
