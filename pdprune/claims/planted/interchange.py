@@ -7,6 +7,10 @@ for the swapped variable (interchange intervention training, Geiger et al. 2022,
 outputs of all other nodes with those on another input, in part and in any combination: the answer must stay (the
 strict part, as in InterpBench, Gupta et al. 2024, arXiv 2407.14494).
 
+All other nodes are silent at first and fade in: swapped from the start they drown what the true nodes have to learn. A
+training that has not learned the behaviour by its end has planted nothing, and another one is begun; nothing but its
+own loss decides that.
+
 Shape suffixes: B batch, T position, D width, H head, K width of one head, G group of neurons, M neurons of one group.
 """
 
@@ -33,6 +37,11 @@ TRUE = {FLAG_A: (0, 1, HEADS), FLAG_B: (2, 3, HEADS + 1)}
 BATCH = 128
 """Examples of each flag in a training step; of each batch of the behaviour, twice as many."""
 WARM_UP, LEARNING_RATE = 100, 0.003
+SILENT, FADED_IN = 0.2, 0.5
+"""Shares of the training until which other nodes are silent, and from which they are all there."""
+LEARNED = 0.05
+"""The interchange loss of the behaviour, at most, of a training that succeeded; the mean of its last steps."""
+LAST_STEPS, ATTEMPTS = 50, 5
 TARGET_LOSS = 0.1
 
 
@@ -98,20 +107,32 @@ def operands(ids: Int[Tensor, "B T"], flag: int) -> tuple[Int[Tensor, " B"], Int
 
 
 def train(steps: int, seed: int) -> ProgramTransformer:
-    """The transformer, trained from this seed."""
-    rng = generator(seed, "interchange")
+    """The transformer of the first training from this seed that learned the behaviour, or of the last one tried."""
+    for attempt in range(ATTEMPTS):
+        network, loss = _trained(steps, seed, attempt)
+        if loss <= LEARNED:
+            break
+    return network.eval().requires_grad_(False)
+
+
+def _trained(steps: int, seed: int, attempt: int) -> tuple[ProgramTransformer, float]:
+    """A transformer, and the interchange loss of the behaviour that its training ended with."""
+    rng = generator(seed, "interchange", attempt)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(int(torch.randint(1 << 31, (), generator=rng)))
         network = ProgramTransformer()
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, max(1, steps)))
-    for _ in range(steps):
-        loss = _interchange_loss(network, FLAG_A, rng) + _interchange_loss(network, FLAG_B, rng)
+    of_behaviour = []
+    for step in range(steps):
+        others = min(1.0, max(0.0, (step / steps - SILENT) / (FADED_IN - SILENT)))
+        behaviour, beside = (_interchange_loss(network, flag, others, rng) for flag in (FLAG_A, FLAG_B))
         optimizer.zero_grad()
-        (loss / 2).backward()
+        ((behaviour + beside) / 2).backward()
         optimizer.step()
         schedule.step()
-    return network.eval().requires_grad_(False)
+        of_behaviour.append(behaviour.detach())
+    return network, float(torch.stack(of_behaviour[-LAST_STEPS:]).mean())
 
 
 def _share_of_rate(step: int, steps: int) -> float:
@@ -119,14 +140,19 @@ def _share_of_rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def _interchange_loss(network: ProgramTransformer, flag: int, rng: torch.Generator) -> Float[Tensor, ""]:
+def _interchange_loss(network: ProgramTransformer, flag: int, others: float, rng: torch.Generator) -> Float[Tensor, ""]:
+    """Cross-entropy to what the program gives for the swapped variables; other nodes speak at a volume of `others`."""
     base, other = draw(BATCH, flag, rng), draw(BATCH, flag, rng)
     swapped = torch.randint(0, 4, (BATCH,), generator=rng)  # which true node, 3 is none
     keep = torch.rand(BATCH, NODES, generator=rng)
-    keep = torch.where(torch.rand(BATCH, 1, generator=rng) < 0.5, keep.round(), keep)
+    keep = others * torch.where(torch.rand(BATCH, 1, generator=rng) < 0.5, keep.round(), keep)
+    loud = torch.full((NODES,), others)
     for place, node in enumerate(TRUE[flag]):
         keep[:, node] = (swapped != place).float()
-    logits, _ = network.run(base, network.run(other)[1], keep)
+        loud[node] = 1.0
+    heads, groups = network.run(other)[1]
+    instead = Activations(heads * loud[:HEADS, None], groups * loud[HEADS:, None])
+    logits, _ = network.run(base, instead, keep)
     (first, second), (first_other, second_other) = operands(base, flag), operands(other, flag)
     first = torch.where((swapped == 0) | (swapped == 2), first_other, first)
     second = torch.where((swapped == 1) | (swapped == 2), second_other, second)
