@@ -30,7 +30,7 @@ class Settings:
     target: str = "dense-py"
     bases: tuple[str, ...] = (LEARNED, SINGULAR, CHANNELS, HEADS)
     sampled: str | None = None
-    tasks: tuple[str, ...] = ("quote", "bracket", "colon")
+    tasks: tuple[str, ...] = ("quote", "colon")
     seeds: tuple[int, ...] = (0, 1, 2)
     target_loss: float = 0.15
     train: int = 512

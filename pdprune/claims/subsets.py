@@ -29,7 +29,7 @@ class Settings:
         target, tasks: a shipped language model and tasks of it.
         seeds: of pruning, and of the order of prompts.
         shares: of the nodes: the sizes at which each ranking is audited.
-        goal: whether gates are learned for a number of `nodes`, or for a `loss`.
+        goals: whether gates are learned for a number of `nodes`, or for a `loss`; a table for each.
         target_share: of the nodes: how many.
         target_loss: task cross-entropy, in nats; audits call faithful what stays within it.
         train, others: prompts to learn gates on, and to audit on.
@@ -40,7 +40,7 @@ class Settings:
     tasks: tuple[str, ...] = ("quote", "bracket", "colon")
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     shares: tuple[float, ...] = (0.02, 0.1, 0.25, 0.4, 0.55, 0.7)
-    goal: Goal = "nodes"
+    goals: tuple[Goal, ...] = get_args(Goal)
     target_share: float = 0.25
     target_loss: float = 0.15
     train: int = 512
@@ -48,14 +48,14 @@ class Settings:
     steps: int = 60
 
     def __post_init__(self) -> None:
-        require_known("goal", [self.goal], get_args(Goal))
+        require_known("goals", self.goals, get_args(Goal))
 
 
-SMALL = Settings(tasks=("quote",), seeds=(0,), shares=(0.1, 0.7), train=64, others=8, steps=4)
+SMALL = Settings(tasks=("quote",), seeds=(0,), shares=(0.1, 0.7), goals=("nodes",), train=64, others=8, steps=4)
 
 
 def cells(settings: Settings) -> list[Cell]:
-    """One for every seed, task and scheme."""
+    """One for every goal, seed, task and scheme."""
     return [
         {
             "task": task,
@@ -63,8 +63,10 @@ def cells(settings: Settings) -> list[Cell]:
             "seed": seed,
             "target": settings.target,
             "shares": list(settings.shares),
-            **shared_by(settings, "goal", "target_share", "target_loss", "train", "others", "steps"),
+            "goal": goal,
+            **shared_by(settings, "target_share", "target_loss", "train", "others", "steps"),
         }
+        for goal in settings.goals
         for seed in settings.seeds
         for task in settings.tasks
         for scheme in SCHEMES
@@ -121,8 +123,16 @@ def run(
 
 
 def table(results: Sequence[Result]) -> str:
+    """Of each goal the curves, and the schemes compared."""
+    by_goal = [[result for result in results if result.cell["goal"] == goal] for goal in get_args(Goal)]
+    return "\n\n".join(_table_of_goal(found) for found in by_goal if found)
+
+
+def _table_of_goal(results: Sequence[Result]) -> str:
     """Task and scheme by size: the worst case, in brackets the loss with the rest ablated; then schemes compared."""
-    sizes = [f"{share:.0%}" for share in results[0].cell["shares"]]
+    first = results[0].cell
+    goal = f"{first['target_share']:.0%} of the nodes" if first["goal"] == "nodes" else f"CE {first['target_loss']}"
+    sizes = [f"{share:.0%}" for share in first["shares"]]
     rows = []
     for (task, scheme), of_it in grouped(results, "task", "scheme").items():
         row = [f"{task}, {scheme} ({len(of_it)} seeds)"]
@@ -132,7 +142,7 @@ def table(results: Sequence[Result]) -> str:
             )
             row.append(f"{worst} ({complete})")
         rows.append(row)
-    curves = markdown(["CE by the adversary (rest ablated), by nodes kept", *sizes], rows)
+    curves = markdown([f"learned for {goal}: CE by the adversary (rest ablated), by nodes kept", *sizes], rows)
     return f"{curves}\n\n{_compared(results, sizes)}"
 
 
