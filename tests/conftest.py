@@ -16,9 +16,10 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _global_random_state_is_left_alone() -> None:
-    """A test must not depend on what ran before it."""
+def _global_state_is_left_alone() -> None:
+    """A test must not depend on what ran before it: the command line, for one, has denormal numbers flushed."""
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
