@@ -146,7 +146,7 @@ def select_for_size(
     report: Report = silent,
 ) -> Selected:
     """The highest-ranked `target_nodes` nodes (or node positions), some of them swapped where that lowers the loss."""
-    keep = _top(ranking, target_nodes)
+    keep = top_mask(ranking, target_nodes)
     keep, loss = _Swaps(scorer, (selection or Selection()).swap_scores, report).improve(keep, ranking)
     return Selected(keep.bool(), loss, None)
 
@@ -189,11 +189,11 @@ def _bisect(ranking: Float[Tensor, "*lead n"], counter: _Counter) -> Float[Tenso
     low, high = -1, ranking.numel()
     while high - low > 1:
         middle = (low + high) // 2
-        if counter.good(_top(ranking, middle), "bisecting"):
+        if counter.good(top_mask(ranking, middle), "bisecting"):
             high = middle
         else:
             low = middle
-    return _top(ranking, high)
+    return top_mask(ranking, high)
 
 
 def _confirm(
@@ -232,10 +232,10 @@ def _scan(ranking: Float[Tensor, "*lead n"], counter: _Counter) -> Float[Tensor,
     n = ranking.numel()
     sizes = sorted({round(n * step / SCANNED_SIZES) for step in range(SCANNED_SIZES + 1)})
     for below, size in itertools.pairwise([-1, *sizes]):
-        if counter.good(_top(ranking, size), "scanning"):
+        if counter.good(top_mask(ranking, size), "scanning"):
             between = range(below + 1, size)
             return next(
-                (top for k in between if counter.good(top := _top(ranking, k), "scanning")), _top(ranking, size)
+                (top for k in between if counter.good(top := top_mask(ranking, k), "scanning")), top_mask(ranking, size)
             )
     return torch.ones_like(ranking)
 
@@ -366,7 +366,8 @@ def _missing(ranking: Float[Tensor, "*lead n"], keep: Float[Tensor, "*lead n"]) 
     return [int(node) for node in order[keep.flatten()[order] == 0]]
 
 
-def _top(ranking: Float[Tensor, "*lead n"], count: int) -> Float[Tensor, "*lead n"]:
+def top_mask(ranking: Float[Tensor, "*lead n"], count: int) -> Float[Tensor, "*lead n"]:
+    """The mask of the `count` highest nodes (or node positions); among equals, of the first."""
     order = ranking.flatten().argsort(descending=True, stable=True)
     keep = torch.zeros(ranking.numel(), device=ranking.device)
     keep[order[:count]] = 1

@@ -68,9 +68,10 @@ class Splits:
 
 def _drawn(whole: Any, size: int, name: str, seed: int | None) -> Any:
     """Some prompts of a split; fewer if it has fewer."""
-    n = as_batch(whole).size
-    order = torch.arange(n) if seed is None else torch.randperm(n, generator=generator(seed, "prompts of", name))
-    return as_batch(whole).select(order[:size]).raw
+    batch = as_batch(whole)
+    rng = None if seed is None else generator(seed, "prompts of", name)
+    order = torch.arange(batch.size) if rng is None else torch.randperm(batch.size, generator=rng)
+    return batch.select(order[:size]).raw
 
 
 def _in_batches(whole: Any, size: int) -> list[Any]:
@@ -97,7 +98,7 @@ def _shuffled(labels: torch.Tensor, seed: int, index: int) -> torch.Tensor:
 def language_model(target: str, weights: str = "trained", seed: int = 0) -> DecomposedModel:
     """A shipped model by neurons and channels; `weights` as in `module_of`."""
     model = decompose(module_of(target, weights, seed), SITES, "neuron")
-    model.target_name = target if weights == "trained" else f"{target}, untrained"
+    model.target_name = target if weights == "trained" else f"{target}, {weights} weights"
     return model
 
 

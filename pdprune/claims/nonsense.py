@@ -15,7 +15,7 @@ from pdprune.circuits.gates import LeakyHardSigmoid
 from pdprune.circuits.prune import InMemory
 from pdprune.circuits.pruning import CircuitPruner, Learning
 from pdprune.circuits.schemes import SchemeName, Scorer
-from pdprune.circuits.selection import MARGIN
+from pdprune.circuits.selection import MARGIN, top_mask
 from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped, require_known, shared_by
 from pdprune.claims.figures import audit_figures, shown
 from pdprune.claims.intervals import markdown, over_seeds
@@ -54,7 +54,7 @@ class Settings:
         cases: names in `CASES`.
         graphs: names in `GRAPHS`.
         schemes: to prune by.
-        seeds: of pruning; of labels and weights, where they are drawn.
+        seeds: of pruning, of which prompts are drawn, and of labels and weights where they are.
         target_loss: the cross-entropy asked for, in nats; chance is 0.69.
         aim: share of it that the loss is held at while gates are learned, since whole nodes do worse than gates.
         start: how open all gates are at first. Open ones begin at the model, which is at odds with the answers.
@@ -135,7 +135,7 @@ def run(
     keep, reached = smallest_or_best(ranking, scorer, scheme, MARGIN * target_loss)
     chosen_on = task_scores(model, splits.select, keep, pruner.reference)
     found = audited(model, keep, splits, target_loss, seed)
-    at_share = audited(model, kept(ranking, round(share * model.n_nodes)), splits, target_loss, seed)
+    at_share = audited(model, top_mask(ranking, round(share * model.n_nodes)), splits, target_loss, seed)
     return {
         "reached": reached,
         "chosen_on": {"ce": chosen_on[0], "accuracy": chosen_on[1]},
@@ -171,20 +171,13 @@ def smallest_or_best(
         return everything, False
     best, least = everything, float("inf")
     for percent in PERCENTS:
-        keep = kept(ranking, round(percent * len(ranking) / 100))
+        keep = top_mask(ranking, round(percent * len(ranking) / 100))
         loss = scorer.score(keep, stop_above=most if attacked else None)
         if loss <= most:
             return keep, True
         if loss < least:
             best, least = keep, loss
     return best, False
-
-
-def kept(ranking: Float[Tensor, " n"], size: int) -> Float[Tensor, " n"]:
-    """The mask of the highest `size` nodes."""
-    keep = torch.zeros_like(ranking)
-    keep[ranking.argsort(descending=True, stable=True)[:size]] = 1
-    return keep
 
 
 def table(results: Sequence[Result]) -> str:

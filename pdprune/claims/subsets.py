@@ -156,11 +156,8 @@ def _compared(results: Sequence[Result], sizes: Sequence[str]) -> str:
     }
     rows = []
     for one, other in itertools.combinations(reversed(SCHEMES), 2):
-        pairs = [
-            (curve, worst[other, *of])
-            for (scheme, *of), curve in worst.items()
-            if scheme == one and (other, *of) in worst
-        ]
+        of_both = [of for (scheme, *of) in worst if scheme == one and (other, *of) in worst]
+        pairs = [(worst[one, *of], worst[other, *of]) for of in of_both]
         if not pairs:
             continue
         row = [f"{one} over {other} ({len(pairs)} pairs)"]

@@ -122,7 +122,7 @@ def _trained(steps: int, seed: int, attempt: int) -> tuple[ProgramTransformer, f
         torch.manual_seed(int(torch.randint(1 << 31, (), generator=rng)))
         network = ProgramTransformer()
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, max(1, steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, steps))
     of_behaviour = []
     for step in range(steps):
         others = min(1.0, max(0.0, (step / steps - SILENT) / (FADED_IN - SILENT)))
