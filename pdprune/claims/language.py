@@ -69,8 +69,9 @@ class Splits:
 def _drawn(whole: Any, size: int, name: str, seed: int | None) -> Any:
     """Some prompts of a split; fewer if it has fewer."""
     batch = as_batch(whole)
-    rng = None if seed is None else generator(seed, "prompts of", name)
-    order = torch.arange(batch.size) if rng is None else torch.randperm(batch.size, generator=rng)
+    order = torch.arange(batch.size)
+    if seed is not None:
+        order = torch.randperm(batch.size, generator=generator(seed, "prompts of", name))
     return batch.select(order[:size]).raw
 
 

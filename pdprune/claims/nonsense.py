@@ -215,7 +215,7 @@ def _columns(of_it: Sequence[Figures]) -> list[str]:
         shown(of_it, "model_ce"),
         over_seeds([one["chosen_on"]["ce"] for one in of_it]).show(),
         shown(of_it, "complete_ce"),
-        shown(of_it, "complete_accuracy"),
+        over_seeds([one["complete_accuracy"] for one in of_it]).within(0, 1).show(),
         shown(of_it, "worst_ce"),
         f"{shown(at_share, 'complete_ce')}; {shown(at_share, 'worst_ce')}",
         f"{sum(bool(one['reached']) for one in of_it)}, {sum(bool(one['faithful']) for one in of_it)} of {len(of_it)}",
