@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
+
+import jsonargparse
 
 from pdprune.circuits.circuit import installed_versions
 from pdprune.errors import UserError
@@ -62,14 +64,24 @@ class Experiment:
         """The settings, or the small ones, with some of them changed.
 
         Raises:
-            UserError: for a setting that there is not.
+            UserError: for a setting that there is not, or a value of another type than its own.
         """
         settings = self.small if small else self.settings
         known = [field.name for field in dataclasses.fields(settings)]
         for name in changes:
             if name not in known:
                 raise UserError(f"claim {self.name}: no setting {name!r}; expected one of {', '.join(known)}")
-        return dataclasses.replace(settings, **changes)
+        return dataclasses.replace(settings, **{name: self._typed(name, value) for name, value in changes.items()})
+
+    def _typed(self, name: str, value: Any) -> Any:
+        """The value as one of the setting's type."""
+        parser = jsonargparse.ArgumentParser(exit_on_error=False)
+        parser.add_argument(f"--{name}", type=get_type_hints(type(self.settings))[name])
+        try:
+            return parser.parse_object({name: value})[name]
+        except jsonargparse.ArgumentError:
+            usual = getattr(self.settings, name)
+            raise UserError(f"claim {self.name}: {name} is {value!r}; expected values as in {usual!r}") from None
 
 
 def require_known(setting: str, values: Iterable[str], known: Iterable[str]) -> None:

@@ -70,7 +70,10 @@ def test_the_list_says_what_is_claimed(capsys: pytest.CaptureFixture[str]) -> No
         (["run", "cancellation", "--set", "seeds"], "NAME=VALUE"),
         (["run", "cancellation", "--set", "sedes=[0]"], "no setting 'sedes'"),
         (["run", "cancellation", "--set", 'networks=["x"]'], "networks: got 'x'; expected some of correlated shortcut"),
-        (["run", "sparse", "--set", 'ways=["x"]'], "ways: got 'x'; expected some of recipe"),
+        (["run", "sparse", "--set", 'ways=["x"]'], "ways is ('x',); expected values as in ('recipe',"),
+        (["run", "nonsense", "--set", "seeds=[a]"], "seeds is ('a',); expected values as in (0, 1, 2)"),
+        (["run", "nonsense", "--set", "seeds=3"], "seeds is 3; expected values as in (0, 1, 2)"),
+        (["run", "nonsense", "--set", "aim=half"], "aim is 'half'; expected values as in 0.5"),
         (["run", "nonsense", "--set", 'cases=["x"]'], "cases: got 'x'; expected some of the task itself"),
     ],
 )
