@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pdprune.claims.experiment import Cell, Experiment, Figures, Result, crossed, grouped, shared_by
 from pdprune.claims.figures import HEAD, audit_figures, columns
-from pdprune.claims.intervals import markdown, over_seeds
+from pdprune.claims.intervals import markdown, over_seeds, paired
 from pdprune.claims.language import Splits, audited, pruned
 from pdprune.claims.nodes import CHANNELS, HEADS, LEARNED, SINGULAR, in_nodes
 
@@ -64,12 +64,29 @@ def run(
 
 
 def table(results: Sequence[Result]) -> str:
-    """Task by basis: how many nodes, which share of them, and how the circuits hold."""
+    """Task by basis: how many nodes, which share of them, and how the circuits hold; then bases compared in pairs."""
     rows = [
         [f"{task}: {basis}", _share(of_it), *columns(of_it)]
         for (task, basis), of_it in grouped(results, "task", "basis").items()
     ]
-    return markdown(["nodes", "share kept", *HEAD], rows)
+    found = markdown(["nodes", "share kept", *HEAD], rows)
+    compared = _compared(results)
+    return f"{found}\n\n{compared}" if compared else found
+
+
+def _compared(results: Sequence[Result]) -> str:
+    """What the first basis keeps over what another keeps, pruned on the same prompts; empty where there is no other."""
+    of = {(result.cell["basis"], result.cell["task"], result.cell["seed"]): result.figures for result in results}
+    first, *others = dict.fromkeys(basis for basis, _, _ in of)
+    rows = []
+    for other in others:
+        both = [(of[first, *rest], of[other, *rest]) for basis, *rest in of if basis == first and (other, *rest) in of]
+        if both:
+            shares = [(one["kept"] / one["n_nodes"], two["kept"] / two["n_nodes"]) for one, two in both]
+            rows.append(
+                [f"{first} over {other}", paired(shares), paired([(one["kept"], two["kept"]) for one, two in both])]
+            )
+    return markdown(["kept; pairs in which it is lower", "share", "nodes"], rows) if rows else ""
 
 
 def _share(of_it: Sequence[Figures]) -> str:

@@ -61,6 +61,12 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
     return Interval(float(drawn.mean()), low, high, len(values))
 
 
+def paired(pairs: Sequence[tuple[float, float]]) -> str:
+    """Positive figures of pairs: the geometric mean of first over second, and in how many pairs the first is lower."""
+    ratios = bootstrap([math.log(first / second) for first, second in pairs]).through(math.exp)
+    return f"{ratios.show()}; {sum(first < second for first, second in pairs)}/{len(pairs)}"
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose first column is words and whose others are figures."""
     rule = ["---", *("---:" for _ in header[1:])]

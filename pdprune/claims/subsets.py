@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,7 +10,7 @@ from typing import Literal, get_args
 from pdprune.circuits.pruning import CircuitPruner
 from pdprune.circuits.schemes import SchemeName
 from pdprune.claims.experiment import Cell, Experiment, Figures, Result, grouped, require_known, shared_by
-from pdprune.claims.intervals import bootstrap, markdown, over_seeds
+from pdprune.claims.intervals import markdown, over_seeds, paired
 from pdprune.claims.language import BATCH_SIZE, Splits, audited, language_model
 from pdprune.claims.ranking import learned_ranking
 from pdprune.claims.recovery import top
@@ -162,9 +161,7 @@ def _compared(results: Sequence[Result], sizes: Sequence[str]) -> str:
             continue
         row = [f"{one} over {other} ({len(pairs)} pairs)"]
         for place in range(len(sizes)):
-            ratios = bootstrap([math.log(first[place] / second[place]) for first, second in pairs])
-            lower = sum(first[place] < second[place] for first, second in pairs)
-            row.append(f"{ratios.through(math.exp).show()}; {lower}/{len(pairs)}")
+            row.append(paired([(first[place], second[place]) for first, second in pairs]))
         rows.append(row)
     return markdown(["worst case; pairs in which it is lower", *sizes], rows)
 

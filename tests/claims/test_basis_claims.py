@@ -68,6 +68,22 @@ def test_bases_in_small(tmp_path: Path) -> None:
     assert sizes == {LEARNED: (768, 4), "singular vectors": (384, 0)}
 
 
+def test_bases_are_compared_on_the_same_prompts() -> None:
+    """A first basis that keeps half of what the other keeps, of twice as many nodes; a pair that is not whole is none."""
+    kept = {("first", 0): 10, ("other", 0): 20, ("first", 1): 30, ("other", 1): 60, ("first", 2): 1}
+    rest = dict.fromkeys(("model_ce", "complete_ce", "stochastic_ce", "worst_ce"), 0.1) | {"faithful": True}
+    results = [
+        Result(
+            {"basis": basis, "task": "quote", "seed": seed},
+            {"n_nodes": 200 if basis == "first" else 100, "kept": count, **rest},
+            1.0,
+        )
+        for (basis, seed), count in kept.items()
+    ]
+    assert EXPERIMENTS["bases"].table(results).endswith("| first over other | 0.25; 2/2 | 0.50; 2/2 |")
+    assert "over" not in EXPERIMENTS["bases"].table([result for result in results if result.cell["basis"] == "first"])
+
+
 def test_frozen_norm_in_small(tmp_path: Path) -> None:
     found = by(small("frozen-norm", tmp_path), "norm_scales")
     frozen, live = found["frozen",], found["live",]
