@@ -69,7 +69,7 @@ def test_bases_in_small(tmp_path: Path) -> None:
 
 
 def test_bases_are_compared_on_the_same_prompts() -> None:
-    """A first basis that keeps half of what the other keeps, of twice as many nodes; a pair that is not whole is none."""
+    """A basis that keeps half of what another keeps, of twice as many nodes; a pair that is not whole is none."""
     kept = {("first", 0): 10, ("other", 0): 20, ("first", 1): 30, ("other", 1): 60, ("first", 2): 1}
     rest = dict.fromkeys(("model_ce", "complete_ce", "stochastic_ce", "worst_ce"), 0.1) | {"faithful": True}
     results = [
