@@ -3,11 +3,12 @@
     python benchmarks/precision.py                                  # the quickstart: float32 against bf16-mixed
     python benchmarks/precision.py --seeds 0 1 2                    # a row for each, and their mean
     python benchmarks/precision.py --precision 16-mixed -- --trainer.accelerator gpu
-    python benchmarks/precision.py -- --trainer.max_steps 20        # what follows `--` goes to every fit
+    python benchmarks/precision.py -- --model.decomposition.target sparse-py   # what follows `--` goes to every fit
 
 Wanted are a Jaccard index of the kept nodes of at least 0.95 and a worst case within 2 %. As a yardstick each float32
 fit is held against that of the next seed, with another order of prompts and other starts of the attacks: two circuits
-no nearer to each other than that do not differ by precision. A fit that is finished is not made again.
+no nearer to each other than that do not differ by precision. A fit that is finished is not made again; fits with other
+flags have another folder.
 
 Where selection stops below the target loss is a matter of luck, so that circuits of one ranking may differ by some
 nodes. Therefore of both rankings the top of one size is audited besides.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -52,6 +54,11 @@ def fitted(folder: Path, config: str, precision: str, seed: int, rest: list[str]
         "worst": audit["adversarial"]["loss"],
         "complete": audit["complete_loss"],
     }
+
+
+def folder_of(config: str, rest: list[str]) -> Path:
+    """Where the fits of a config with these flags lie."""
+    return Path("runs/precision") / "-".join([Path(config).stem, *re.findall(r"[\w.]+", " ".join(rest))])
 
 
 def compared(run: AuditedRun, one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +127,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("rest", nargs="*", help="after `--`: flags of every fit")
     args = parser.parse_args()
-    folder = Path("runs/precision") / Path(args.config).stem
+    folder = folder_of(args.config, args.rest)
 
     def fit(precision: str, seed: int) -> dict[str, Any]:
         return fitted(folder / f"{precision}-{seed}", args.config, precision, seed, args.rest)
