@@ -50,7 +50,7 @@ class OpenRunFolder(SaveConfigCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = RunFolder(trainer.default_root_dir)
-        resolved = self._resolved_config()
+        resolved = resolved_config(self.parser, self.config)
         if trainer.is_global_zero:
             if self.overwrite and not self._is_resumed:
                 folder.clear()
@@ -78,13 +78,14 @@ class OpenRunFolder(SaveConfigCallback):
         folder = RunFolder(trainer.default_root_dir)
         if self.overwrite:
             folder.clear()
-        _write_config(folder, self._resolved_config())
+        _write_config(folder, resolved_config(self.parser, self.config))
 
-    def _resolved_config(self) -> dict[str, Any]:
-        """What it takes to run again. How this run came to start here is left out."""
-        resolved = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        left_out = ("config", "overwrite", "ckpt_path", "circuit")
-        return {key: value for key, value in resolved.items() if key not in left_out}
+
+def resolved_config(parser: Any, config: Any) -> dict[str, Any]:
+    """What it takes to run again, of what a parser parsed. How this run came to start here is left out."""
+    resolved = yaml.safe_load(parser.dump(config, skip_none=False))
+    left_out = ("config", "overwrite", "ckpt_path", "circuit")
+    return {key: value for key, value in resolved.items() if key not in left_out}
 
 
 def _write_config(folder: RunFolder, resolved: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -114,6 +115,12 @@ class RunFolder:
     @property
     def has_checkpoint(self) -> bool:
         return self.last.exists() or self.previous.exists()
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """What the folder says that its run is; None where it says nothing."""
+        path = self.path / CONFIG_FILE
+        return yaml.safe_load(path.read_text()) if path.is_file() else None
 
     @property
     def is_finished(self) -> bool:

@@ -6,9 +6,9 @@
     predict    predictions.jsonl: the answers, prompt by prompt
 
 A run writes into `--trainer.default_root_dir`, by default `runs/<name of the last --config>`, not counting those of a
-folder `trainer/`, which say where it is made and not what. `fit --ckpt_path last` goes on from where a run was stopped;
-a finished run is replaced only with `--overwrite`. The other commands read `last.ckpt` of that folder unless
-`--ckpt_path` names another checkpoint.
+folder `trainer/`, which say where it is made and not what. `fit --ckpt_path last` goes on from where a run was stopped,
+and leaves one that is finished as it is; it is replaced only with `--overwrite`. The other commands read `last.ckpt` of
+that folder unless `--ckpt_path` names another checkpoint.
 
 What a model may define beyond a LightningModule:
 
@@ -45,7 +45,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
-from pdprune.callbacks import LogEachValueOnce, OpenRunFolder, RunCheckpoint, StepProgress
+from pdprune.callbacks import LogEachValueOnce, OpenRunFolder, RunCheckpoint, StepProgress, resolved_config
 from pdprune.circuits.frontier import FrontierPruner
 from pdprune.circuits.importing import read_circuit
 from pdprune.circuits.pruning import CircuitPruner
@@ -76,6 +76,10 @@ COMMANDS = {
     "test": "Audit a checkpoint on the held-out split.",
     "predict": "Write a checkpoint's answers, prompt by prompt, to predictions.jsonl.",
 }
+
+
+class FinishedAlready(Exception):  # noqa: N818  # it is no error
+    """The run that is to be gone on with is at its end, so that there is nothing to do."""
 
 
 class Parser(LightningArgumentParser):
@@ -193,11 +197,18 @@ class PdpruneCLI(LightningCLI):
         self.folder.require_writable()
         self.save_config_kwargs["overwrite"] = bool(config.overwrite)
         if self.subcommand == "fit" and not config.overwrite and not config.trainer.fast_dev_run:
+            if config.ckpt_path == "last" and self.folder.is_finished and self._is_what_was_run():
+                raise FinishedAlready(f"Results are in {self.folder.path}, where this run is finished already")
             self._refuse_to_lose_results(config.ckpt_path)
         self._circuit_file = config.get("circuit")
         if self._circuit_file is not None:
             self._refuse_to_mix(config)
         self._checkpoint = None if self._circuit_file is not None else self._find_checkpoint(config.ckpt_path)
+
+    def _is_what_was_run(self) -> bool:
+        """Whether the run in the folder is what is asked for now, wherever and with whatever loggers it was made."""
+        asked = resolved_config(self._parser(self.subcommand), self.config[self.subcommand])
+        return what_is_run(asked) == what_is_run(self.folder.config or {})
 
     def _refuse_to_lose_results(self, ckpt_path: str | None) -> None:
         path = self.folder.path
@@ -384,6 +395,13 @@ def default_run_folder(args: list[str]) -> str:
     return f"runs/{'-'.join(Path(name).stem for name in names)}" if names else "runs/unnamed"
 
 
+def what_is_run(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a resolved config, what decides how a run ends; where it is made, and who watches, is left out."""
+    trainer = config.get("trainer", {})
+    decides = {name: trainer.get(name) for name in ("max_steps", "max_epochs", "precision")}
+    return decides | {name: config.get(name) for name in ("seed_everything", "model", "data")}
+
+
 def read_configs(args: list[str]) -> list[Any]:
     """The content of the `--config` files, unresolved.
 
@@ -456,6 +474,9 @@ def main(args: list[str] | None = None) -> int:
         if is_first_process():
             print("pdprune: stopped by SIGTERM; go on with --ckpt_path last", file=sys.stderr)
         return 128 + signal.SIGTERM
+    except FinishedAlready as finished:
+        if is_first_process():
+            print(finished)
     except (UserError, MisconfigurationException) as error:
         print("pdprune: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

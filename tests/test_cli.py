@@ -187,9 +187,7 @@ def test_killed_again_and_again_at_random_moments(uninterrupted: dict[str, Any])
     arguments = ["--checkpoint.every_n_steps", "3", "--model.pause", "0.02"]
     for _ in range(6):
         in_a_child(lambda: fit("--ckpt_path", "last", *arguments), kill_after=moments.uniform(0.1, 1.2))
-    status = fit("--ckpt_path", "last", *arguments)
-    finished_before = status == 2
-    assert status == 0 or finished_before
+    assert fit("--ckpt_path", "last", *arguments) == 0
     assert results("runs/toy") == uninterrupted
 
 
@@ -301,10 +299,21 @@ def test_finished_and_unfinished_folders(refused: Callable[..., str]) -> None:
     assert in_a_child(lambda: fit("--model.die_at", "30")) == -signal.SIGKILL
     assert "unfinished run" in refused("fit", "--config", "toy.yaml")
     assert fit("--ckpt_path", "last") == 0
-    for more in ([], ["--ckpt_path", "last"], ["--ckpt_path", "runs/toy/checkpoints/last.ckpt"]):
+    other = ["--ckpt_path", "last", "--model.lr", "0.7"]
+    for more in ([], ["--ckpt_path", "runs/toy/checkpoints/last.ckpt"], other):
         assert "finished run; replace it with --overwrite" in refused("fit", "--config", "toy.yaml", *more)
     shutil.rmtree("runs/toy/checkpoints")
     assert "finished run" in refused("fit", "--config", "toy.yaml")
+
+
+def test_going_on_with_a_finished_run_leaves_it_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """A job that is queued again after its last step, wherever it is put, has nothing to do, and has not failed."""
+    assert fit() == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("runs/toy").rglob("*")}
+    capsys.readouterr()
+    assert fit("--ckpt_path", "last", "--trainer.log_every_n_steps", "3") == 0
+    assert capsys.readouterr().out == "Results are in runs/toy, where this run is finished already\n"
+    assert {path: path.stat().st_mtime_ns for path in Path("runs/toy").rglob("*")} == before
 
 
 def test_overwrite_starts_over_and_keeps_foreign_files(uninterrupted: dict[str, Any]) -> None:

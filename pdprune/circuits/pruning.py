@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
-import yaml
 from jaxtyping import Float
 from lightning import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -48,7 +47,7 @@ from pdprune.losses import LossFunction, loss_function, loss_name
 from pdprune.precision import Compute, LossScale, computing_in, require_compute, require_float32_parameters
 from pdprune.progress import telling
 from pdprune.ranks import Ranks, leave_out_of_ddp, require_whole_model, save_checkpoint_alone
-from pdprune.run_folder import CONFIG_FILE, RunFolder
+from pdprune.run_folder import RunFolder
 from pdprune.seeding import generator
 from pdprune.tracking import Results
 
@@ -613,8 +612,7 @@ class CircuitPruner(LightningModule):
 
     def resolved_config(self) -> dict[str, Any] | None:
         """What the run folder says that this run is; None where there is none."""
-        path = Path(self.trainer.default_root_dir) / CONFIG_FILE
-        return yaml.safe_load(path.read_text()) if path.is_file() else None
+        return RunFolder(self.trainer.default_root_dir).config
 
     def _keep(self) -> Float[Tensor, "*lead n"]:
         """The circuit, or before there is one the gates that are open."""
