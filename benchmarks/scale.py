@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pdprune
 from pdprune.adversary.attack import attack
 from pdprune.adversary.game import Game
+from pdprune.adversary.known_outputs import KnownOutputs
 from pdprune.adversary.objective import MaskedLoss
 from pdprune.adversary.opponent import TrainingAdversary
 from pdprune.batches import as_batch
@@ -94,14 +95,17 @@ class Shape:
         return self.forward_flops(n_tokens) + 2 * n_tokens * (through + self.decomposed(sites))
 
     def keep_step_flops(self, sites: Sites, n_tokens: int, adversary: TrainingAdversary) -> int:
-        """Of a whole keep step: the target once, the adversary, and the gates' own forward and backward pass."""
+        """Of a whole keep step: the adversary, and the gates' own forward and backward pass.
+
+        Under KL a run over several passes begins with one of the target over the data, which is not counted.
+        """
         forward, both = self.forward_flops(n_tokens), self.ascent_flops(sites, n_tokens)
         climbs = adversary.particles * adversary.steps
         match adversary.mode:
             case "fresh" | "persistent":  # the corner where all is ablated, and where each particle ends
-                return forward + (1 + adversary.particles) * forward + climbs * both + both
+                return (1 + adversary.particles) * forward + climbs * both + both
             case "free":
-                return forward + both
+                return both
 
     def weights_bytes(self, sites: Sites) -> int:
         """The target, and in the neuron basis its columns once more: what is there all the time."""
@@ -195,9 +199,12 @@ def check() -> dict[str, tuple[int, int]]:
         saved = _saved_bytes(game, entries)
         found[f"activations, {sites}"] = shape.activation_bytes(sites, ids.numel()), saved
     model = pdprune.decompose(target, sites=PATTERNS["outputs"], basis="neuron")
+    known = KnownOutputs.measure(model, [batch])
+    assert known is not None
 
     def fresh_keep_step() -> None:
-        game = Game([MaskedLoss(model, batch)], [torch.full((model.n_nodes,), 0.5)])
+        loss = MaskedLoss(model, batch, target_output=known.on(batch))
+        game = Game([loss], [torch.full((model.n_nodes,), 0.5)])
         # Steps too small to reach a corner, where a climb that stands still would end early.
         game.loss_and_gradient(attack(game, TrainingAdversary(step_size=0.01).ascent, generator(0)).entries)
 

@@ -85,6 +85,7 @@ class MaskedLoss:
         ranks: who shares the batch.
         scale: for gradients in float16.
         norm_scales: whether the masked model's norms are `live`, or `frozen` to the unablated run on the batch.
+        target_output: what the unablated target answers wherever the loss looks, if that is known.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class MaskedLoss:
         ranks: Ranks = ALONE,
         scale: LossScale = UNSCALED,
         norm_scales: NormScaling = "live",
+        target_output: Tensor | None = None,
     ) -> None:
         self.model = model
         self.batch: Batch = to_device(batch, model.delta_sites.device)
@@ -106,6 +108,8 @@ class MaskedLoss:
         self._loss: Callable[[Tensor, Tensor, Batch], Tensor] = loss_function(loss)
         self._observed = observed
         self.norm_scales = norm_scales
+        if target_output is not None:
+            self.target_output = target_output
 
     @cached_property
     def target_output(self) -> Tensor:

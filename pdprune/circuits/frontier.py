@@ -171,6 +171,12 @@ class FrontierPruner(LightningModule):
             pruner.setup(stage)
         leave_out_of_ddp(self, self.model)
 
+    def on_train_start(self) -> None:
+        """What the target answers is the same for all levels."""
+        known = next(iter(self.levels.values())).answers_worth_knowing()
+        for pruner in self.levels.values():
+            pruner.known_outputs = known
+
     @property
     def is_prepared(self) -> bool:
         """Whether `prepare` was called."""

@@ -11,12 +11,13 @@ from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from jaxtyping import Float
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from pdprune.adversary.attack import Ascent, attack
 from pdprune.adversary.game import Game, Scope
+from pdprune.adversary.known_outputs import KnownOutputs
 from pdprune.adversary.objective import MaskedLoss, Reference, ReferenceKind, masked_losses
 from pdprune.adversary.opponent import Opponent, TrainingAdversary
 from pdprune.batches import Batch, as_batch, as_batches
@@ -260,6 +261,7 @@ class CircuitPruner(LightningModule):
         self._found_elsewhere: Circuit | None = None
         self._scored_all = False
         self._reference: Reference | None = None
+        self.known_outputs: KnownOutputs | None = None
         self._loss_scale = LossScale()
         if scheme == "adversarial" and adversary.mode != "fresh" and scope in ("example", "example_position"):
             raise UserError(
@@ -312,6 +314,23 @@ class CircuitPruner(LightningModule):
             data = getattr(self.trainer, "datamodule", None)
             assert data is not None, "a CircuitPruner reads its splits from a LightningDataModule"
             self.prepare(data)
+
+    def on_train_start(self) -> None:
+        """Lightning's hook: it is known now how long the run is, and training's precision holds."""
+        self.known_outputs = self.answers_worth_knowing()
+
+    def answers_worth_knowing(self) -> KnownOutputs | None:
+        """What the target answers to the training examples, where steps ask for it more often than that takes.
+
+        Each rank works out all of it.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None or self.loss not in ("kl", "mse"):
+            return None
+        if passes_over_data(self.trainer) <= Ranks.of(self.trainer).count:
+            return None
+        with self.trainer.precision_plugin.forward_context():
+            return KnownOutputs.measure(self.model, as_batches(data.train_batches()))
 
     @property
     def reference(self) -> Reference:
@@ -390,6 +409,7 @@ class CircuitPruner(LightningModule):
             ranks=ranks,
             scale=self._loss_scale,
             norm_scales=self.norm_scales,
+            target_output=None if self.known_outputs is None else self.known_outputs.on(batch),
         )
 
     def sources(self, game: Game, step: int) -> Float[Tensor, "*lead E"]:
@@ -697,6 +717,13 @@ class CircuitPruner(LightningModule):
             "gates": list(self.theta.shape),
             "gate_map": self.learning.gate_map,
         }
+
+
+def passes_over_data(trainer: Trainer) -> float:
+    """How often a run meets every training example."""
+    if trainer.max_steps >= 0:
+        return trainer.max_steps / max(1, trainer.num_training_batches)
+    return math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)
 
 
 def require_identity(checkpoint: Mapping[str, Any], own: Mapping[str, Any]) -> None:

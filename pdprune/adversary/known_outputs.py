@@ -1,0 +1,128 @@
+"""What the target answers to the training examples, worked out once and not again at every visit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pdprune.adversary.objective import MaskedLoss
+from pdprune.batches import Batch
+from pdprune.decomposition import DecomposedModel
+from pdprune.losses import scored_positions
+from pdprune.progress import part, telling
+
+LIMIT = 1 << 30
+"""Bytes of outputs that are remembered at most: a large target needs its memory itself."""
+
+
+class Known(NamedTuple):
+    """What is remembered of one example.
+
+    Attributes:
+        shape: of its output.
+        scored: its output if a loss may look at all of that; or else at the scored positions, one row each.
+    """
+
+    shape: torch.Size
+    scored: Float[Tensor, "*T V"]
+
+
+class KnownOutputs:
+    """The target's outputs for some examples, where they are scored; an example is known by what its inputs are.
+
+    So a data module need not say which examples a batch is made of, and one that is not known is noticed. The outputs
+    are those of the batches that they were measured in, whatever batch an example is met in: that makes no difference
+    but for rounding, and a resumed run, which measures them anew, has the same bits.
+    """
+
+    def __init__(self, examples: Mapping[bytes, Known]) -> None:
+        self.examples = examples
+
+    @classmethod
+    def measure(cls, model: DecomposedModel, batches: Sequence[Batch], limit: int = LIMIT) -> KnownOutputs | None:
+        """Run the target on all batches; None as soon as they look like more than `limit` bytes in the end.
+
+        Raises:
+            NonFiniteLossError: an output is NaN or infinite.
+        """
+        examples: dict[bytes, Known] = {}
+        total, seen, held = sum(batch.size for batch in batches), 0, 0
+        with telling("target") as tell:
+            tell("its answers to the training examples")
+            for index, batch in enumerate(batches):
+                with part(index, len(batches)):
+                    run = MaskedLoss(model, batch)
+                    found = _by_example(run.target_output, run.batch)
+                seen, held = seen + batch.size, held + sum(known.scored.nbytes for known in found)
+                if held * total > limit * seen:
+                    return None
+                examples.update(zip(_keys(batch), found, strict=True))
+        return cls(examples)
+
+    def on(self, batch: Batch) -> Float[Tensor, "B *T V"] | None:
+        """The target's output for a batch, 0 where it is not scored; None if one of its examples is not known."""
+        found = [known for key in _keys(batch) if (known := self.examples.get(key)) is not None]
+        if len(found) < batch.size:
+            return None
+        shape, any_rows = found[0]
+        output = any_rows.new_zeros(batch.size, *shape)
+        if _is_whole(output, batch):
+            return torch.stack([known.scored for known in found])
+        scored = scored_positions(output, batch)
+        output[scored.example, scored.position] = torch.cat([known.scored for known in found])
+        return output
+
+
+def _by_example(output: Tensor, batch: Batch) -> list[Known]:
+    shape = output.shape[1:]
+    if _is_whole(output, batch):
+        return [Known(shape, whole) for whole in output]
+    scored = scored_positions(output, batch)
+    counts = torch.bincount(scored.example, minlength=batch.size)
+    return [Known(shape, rows) for rows in scored.rows(output).split(counts.tolist())]
+
+
+def _is_whole(output: Tensor, batch: Batch) -> bool:
+    """Whether a loss may look at all of an output."""
+    return output.ndim != 3 or (batch.positions is None and batch.attention_mask is None)
+
+
+def _keys(batch: Batch) -> Iterator[bytes]:
+    """A key an example: all that decides what the target answers, and where it is scored."""
+    rows, shared = [], hashlib.blake2b(digest_size=16)
+    for value in _leaves([batch.inputs, batch.positions]):
+        if isinstance(value, Tensor) and value.ndim and len(value) == batch.size:
+            shared.update(f"{value.dtype}{tuple(value.shape[1:])}".encode())
+            rows.append(_rows_of_bytes(value))
+        elif isinstance(value, Tensor):
+            shared.update(_rows_of_bytes(value[None]).tobytes())
+        else:
+            shared.update(repr(value).encode())
+    for example in range(batch.size):
+        key = shared.copy()
+        for row in rows:
+            key.update(row[example].tobytes())
+        yield key.digest()
+
+
+def _rows_of_bytes(value: Tensor) -> Any:
+    return value.detach().cpu().contiguous().reshape(len(value), -1).view(torch.uint8).numpy()
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is in dicts, lists and tuples; of a dict its names as well."""
+    match value:
+        case Mapping():
+            for name in sorted(value, key=str):
+                yield name
+                yield from _leaves(value[name])
+        case tuple() | list():
+            for one in value:
+                yield from _leaves(one)
+        case _:
+            yield value
