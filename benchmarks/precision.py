@@ -11,7 +11,8 @@ no nearer to each other than that do not differ by precision. A fit that is fini
 flags have another folder.
 
 Where selection stops below the target loss is a matter of luck, so that circuits of one ranking may differ by some
-nodes. Therefore of both rankings the top of one size is audited besides.
+nodes. Therefore of both rankings the top of one size is audited besides. And float32's circuits are audited in half
+precision too (`model.audit.compute`), which tells the precision of an audit from that of a fit.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ from pdprune.circuits.audit import Audit, audit
 from pdprune.circuits.circuit import jaccard
 from pdprune.claims.recovery import top
 from pdprune.files import write_atomically
+from pdprune.precision import Compute, computing_in
 from pdprune.report.audited_run import AuditedRun
 from pdprune.run_folder import RunFolder
 from pdprune.train import main as train
 
 JACCARD, WORST_CASE = 0.95, 0.02
+COMPUTE: dict[str, Compute] = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
+"""What a precision of the trainer computes matrix products in."""
 
 
 def fitted(folder: Path, config: str, precision: str, seed: int, rest: list[str]) -> dict[str, Any]:
@@ -80,19 +84,26 @@ def compared(run: AuditedRun, one: dict[str, Any], other: dict[str, Any]) -> dic
     }
 
 
-def audited(run: AuditedRun, keep: set[int]) -> Audit:
-    """The audit of a run, of other nodes."""
-    return audit(
-        run.model,
-        keep,
-        run.batches,
-        loss=run.loss,
-        reference=run.reference,
-        random_circuits=0,
-        max_ablated=run.max_ablated,
-        held_out=True,
-        seed=run.circuit.seed,
-    )
+def audited(run: AuditedRun, keep: set[int], compute: Compute = "float32") -> Audit:
+    """The audit of a run, of other nodes or computed in another precision."""
+    with computing_in(compute, run.model.delta_sites.device):
+        return audit(
+            run.model,
+            keep,
+            run.batches,
+            loss=run.loss,
+            reference=run.reference,
+            random_circuits=0,
+            max_ablated=run.max_ablated,
+            held_out=True,
+            seed=run.circuit.seed,
+        )
+
+
+def audited_in_both(run: AuditedRun, fit: dict[str, Any], compute: Compute) -> dict[str, Any]:
+    """The worst case of one circuit, found in float32 and in half precision."""
+    worst = [audited(run, fit["kept"], how).adversarial.loss for how in ("float32", compute)]
+    return {"worst_case": worst, "worst_case_off_by": worst[1] / worst[0] - 1}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -107,6 +118,14 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def audits_table(rows: dict[str, dict[str, Any]]) -> str:
+    """The audits of the same circuits in Markdown."""
+    lines = ["| one circuit, audited in float32 and in | worst case | off by |", "|---|---:|---:|"]
+    for name, row in rows.items():
+        lines.append("| {} | {:.4f} / {:.4f} | {:+.1%} |".format(name, *row["worst_case"], row["worst_case_off_by"]))
+    return "\n".join(lines)
+
+
 def _nearness(of: dict[str, Any]) -> str:
     return "{:.3f} | {:.4f} / {:.4f} | {:+.1%}".format(of["jaccard"], *of["worst_case"], of["worst_case_off_by"])
 
@@ -115,15 +134,16 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     """Means over seeds, and in how many of them both goals are met."""
     similar = statistics.fmean(row["jaccard"] for row in rows)
     off = statistics.fmean(abs(row["worst_case_off_by"]) for row in rows)
+    signed = statistics.fmean(row["worst_case_off_by"] for row in rows)
     met = sum(row["jaccard"] >= JACCARD and abs(row["worst_case_off_by"]) <= WORST_CASE for row in rows)
     wanted = f"at least {JACCARD} and within {WORST_CASE:.0%} in {met} of {len(rows)}"
-    return f"Jaccard {similar:.3f} in the mean, worst case off by {off:.1%}; {wanted}"
+    return f"Jaccard {similar:.3f} in the mean, worst case off by {off:.1%} ({signed:+.1%} with its sign); {wanted}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.yaml")
-    parser.add_argument("--precision", default="bf16-mixed", choices=["bf16-mixed", "16-mixed"])
+    parser.add_argument("--precision", default="bf16-mixed", choices=[*COMPUTE])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("rest", nargs="*", help="after `--`: flags of every fit")
     args = parser.parse_args()
@@ -139,9 +159,12 @@ def main() -> None:
         for seed, run in runs.items()
     }
     others = {f"seed {b} in place of {a}": compared(runs[a], exact[a], exact[b]) for a, b in itertools.pairwise(exact)}
+    compute = COMPUTE[args.precision]
+    audits = {f"{compute}, seed {seed}": audited_in_both(run, exact[seed], compute) for seed, run in runs.items()}
     about = {"torch": torch.__version__, "cuda": torch.cuda.is_available(), "config": args.config, "flags": args.rest}
-    write_atomically(folder / "precision.json", json.dumps(about | half | others, indent=1).encode())
+    write_atomically(folder / "precision.json", json.dumps(about | half | others | audits, indent=1).encode())
     print(table(half | others))
+    print(audits_table(audits))
     for name, found in (("circuits", half), ("tops of one size", {name: row["tops"] for name, row in half.items()})):
         print(f"{name}: {verdict(list(found.values()))}")
 
