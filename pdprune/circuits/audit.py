@@ -51,6 +51,8 @@ __all__ = ["Audit", "as_gates", "audit"]
 
 FLOOR = Ascent(steps=20, step_size=0.1, restarts=4)
 """No audit attacks with less than this, corners and discrete stage included."""
+BRIEF = Ascent(steps=20, step_size=0.1, restarts=1, flips=16)
+"""What random circuits are attacked with: a weaker attack flatters what a circuit is compared with, never the circuit."""
 AUTO_LIMIT = 12
 """`search="auto"` tries all subsets too, up to this many free entries."""
 CLIMBS_RELATIVE, CLIMBS_ABSOLUTE = 0.02, 1e-4
@@ -78,7 +80,7 @@ def audit(
     ladder: Sequence[int] = (),
     second_attack: bool = False,
     draws: int = 32,
-    random_circuits: int = 4,
+    random_circuits: int = 2,
     hypotheses: HypothesisSettings | None = None,
     reference_batches: Iterable[Any] | None = None,
     max_ablated: int | None = None,
@@ -109,7 +111,7 @@ def audit(
         ladder: numbers of steps to attack with besides, e.g. `(20, 80, 320)`.
         second_attack: whether an attack of another kind follows.
         draws: random sources of the stochastic check.
-        random_circuits: how many to compare with.
+        random_circuits: how many to compare with, each under a brief attack.
         hypotheses: the circuit hypothesis tests to do besides, none if not given (see `pdprune.circuits.hypotheses`).
         reference_batches: what mean references are measured on; by default `batches`.
         max_ablated: how many nodes the adversary may ablate. With it, its loss may be below that of complete ablation.
@@ -137,7 +139,7 @@ def audit(
         reference = Reference.measure(reference, model, measured_on, seed)
     eye = _Eye.on(masked_losses(model, data, loss, reference), loss)
     games = _games(eye.losses, gates, scope, max_ablated)
-    cost = plan.cost(games) + len(games) * (4 + draws + random_circuits * passes_of(FLOOR))
+    cost = plan.cost(games) + len(games) * (4 + draws + random_circuits * passes_of(BRIEF))
     course = _Course(progress, cost + (cost_of(hypotheses, FLOOR, games) if hypotheses else 0))
 
     with course.check("model, complete ablation, complement", 3 * len(games)):
@@ -150,7 +152,7 @@ def audit(
     with course.check("transfer to other batches", len(games)):
         under_attack = eye.read(games, [worst.entries for worst in attacked.worst])
         transfer = _transfer(games, attacked.worst)
-    with course.check(f"{random_circuits} random circuits", random_circuits * len(games) * passes_of(FLOOR)):
+    with course.check(f"{random_circuits} random circuits", random_circuits * len(games) * passes_of(BRIEF)):
         random = _random_circuits(eye, games, model, random_circuits, seed)
     tests = None
     if hypotheses is not None:
@@ -607,7 +609,7 @@ def _transfer(games: Sequence[Game], worst: Sequence[Worst]) -> _Transfer:
 def _random_circuits(
     eye: _Eye, games: Sequence[Game], model: DecomposedModel, count: int, seed: int
 ) -> RandomCircuits | None:
-    """Circuits that keep as many nodes of every set of sites, under complete ablation and the least attack allowed."""
+    """Circuits that keep as many nodes of every set of sites, under complete ablation and a brief attack."""
     gates = [g for game in games for g in game.gates]
     groups = interchangeable_nodes(gates, model)
     if count == 0 or not groups:
@@ -620,7 +622,7 @@ def _random_circuits(
         worst = []
         for index, game in enumerate(others):
             with part(circuit * len(others) + index, count * len(others)):
-                worst.append(attack(game, FLOOR, generator(seed, "audit-random-attack", circuit, index)))
+                worst.append(attack(game, BRIEF, generator(seed, "audit-random-attack", circuit, index)))
         adversarial += _loss_of(worst) / count
     return RandomCircuits(count, _n_kept(gates), complete, adversarial)
 
