@@ -52,7 +52,7 @@ __all__ = ["Audit", "as_gates", "audit"]
 FLOOR = Ascent(steps=20, step_size=0.1, restarts=4)
 """No audit attacks with less than this, corners and discrete stage included."""
 BRIEF = Ascent(steps=20, step_size=0.1, restarts=1, flips=16)
-"""What random circuits are attacked with: a weaker attack flatters what a circuit is compared with, never the circuit."""
+"""What random circuits are attacked with: too weak an attack flatters them, not the circuit that they stand beside."""
 AUTO_LIMIT = 12
 """`search="auto"` tries all subsets too, up to this many free entries."""
 CLIMBS_RELATIVE, CLIMBS_ABSOLUTE = 0.02, 1e-4
