@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from documentation.session import parse
+
+from pdprune.train import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,3 +26,25 @@ def test_formulas_of_memory_and_work_match_counts(monkeypatch: pytest.MonkeyPatc
         exact = not name.startswith("activations")
         assert formula == (counted if exact else pytest.approx(counted, rel=0.05)), name
     assert scale.tables() in (ROOT / "docs/scale.md").read_text()
+
+
+@pytest.mark.parametrize(("part", "count"), [([], 10), (["large"], 3)])
+def test_what_runs_on_a_gpu_is_read_by_its_parsers(
+    part: list[str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "gpu")}
+    for _ in range(2):  # the second time there is nothing left to measure
+        subprocess.run(["bash", "benchmarks/on_a_gpu.sh", *part], check=True, env=environment, capture_output=True)
+    calls = [call.split() for call in (tmp_path / "calls").read_text().splitlines()]
+    assert len(calls) == (2 * count if part else count)
+    for program, *arguments in calls[:count]:
+        if program == "-m":
+            with pytest.raises(SystemExit) as done:
+                main([*arguments[1:], "--print_config"])
+            assert done.value.code == 0
+        else:
+            parse(program, arguments, monkeypatch)

@@ -13,6 +13,7 @@ import itertools
 import json
 import runpy
 import shutil
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +122,8 @@ class Session:
                 targets = [word for word in arguments if "=" not in word]
                 makefile = (ROOT / "Makefile").read_text()
                 assert targets and all(f"\n{target}:" in makefile for target in targets)
+            case "bash":
+                subprocess.run(["bash", "-n", ROOT / arguments[0]], check=True)
             case "pip":
                 self.check_extras(arguments)
             case "python -m pdprune.train":
@@ -178,19 +181,7 @@ class Session:
 
     def parse(self, program: str, arguments: list[str]) -> None:
         """Start a program that has a parser of its own, as far as that."""
-        real = argparse.ArgumentParser.parse_args
-
-        def parse_only(parser: argparse.ArgumentParser, *_: Any) -> None:
-            real(parser, arguments)
-            raise ParsedError
-
-        with self.patch.context() as patch, pytest.raises(ParsedError):
-            patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
-            if program.endswith(".py"):
-                patch.syspath_prepend(str(ROOT / Path(program).parent))  # as Python does for a script
-                runpy.run_path(program, run_name="__main__")
-            else:
-                importlib.import_module(program).main()
+        parse(program, arguments, self.patch)
 
     @staticmethod
     def check_extras(arguments: list[str]) -> None:
@@ -200,6 +191,23 @@ class Session:
         for word in arguments[1:]:
             name, _, asked = word.removesuffix("]").partition("[")
             assert name in (".", "pdprune") and set(filter(None, asked.split(","))) <= set(extras)
+
+
+def parse(program: str, arguments: list[str], patch_with: pytest.MonkeyPatch) -> None:
+    """Have a program's own parser read its arguments; `program` is a script's path, or a module."""
+    real = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser: argparse.ArgumentParser, *_: Any) -> None:
+        real(parser, arguments)
+        raise ParsedError
+
+    with patch_with.context() as patch, pytest.raises(ParsedError):
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+        if program.endswith(".py"):
+            patch.syspath_prepend(str(ROOT / Path(program).parent))  # as Python does for a script
+            runpy.run_path(program, run_name="__main__")
+        else:
+            importlib.import_module(program).main()
 
 
 def _needs_other_machines(arguments: list[str]) -> bool:

@@ -1,0 +1,139 @@
+"""Where a step's time goes: each piece by itself, how near it comes to what the device can do, and what it does most.
+
+    python benchmarks/where_time_goes.py                                        # on the CPU, one thread
+    python benchmarks/where_time_goes.py --device cuda --compute bfloat16       # on a GPU, in mixed precision
+
+Pieces are those of `step_cost.py`. *Of peak* is the floating-point operations a second of a piece, counted by PyTorch,
+over those of one large square matrix product in the same precision and run: what the device does at its best as seen
+here, not as its maker says. Then, for the free step and the ascent, the operations in the order of the time that they
+take themselves, by PyTorch's profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from step_cost import Case, Piece, decomposed, pieces_of, random_text, seconds
+from torch.utils.flop_counter import FlopCounterMode
+
+from pdprune.files import write_atomically
+from pdprune.precision import Compute, computing_in
+from pdprune.targets import load_target
+
+PROFILED = ("free", "ascent")
+MOST = 8
+"""Operations that are listed of a piece."""
+
+
+class Spent(NamedTuple):
+    """What a piece takes.
+
+    Attributes:
+        seconds: the median over rounds.
+        flops: floating-point operations.
+        of_peak: its operations a second over the device's.
+    """
+
+    seconds: float
+    flops: int
+    of_peak: float
+
+
+def peak_flops(device: str, rounds: int) -> float:
+    """Operations a second of a large square matrix product, in the precision around it."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: a @ b, device, rounds)
+
+
+def median_seconds(piece: Piece, device: str, rounds: int) -> float:
+    piece()
+    return statistics.median(seconds(piece, device) for _ in range(rounds))
+
+
+def spent(piece: Piece, device: str, rounds: int, peak: float) -> Spent:
+    with FlopCounterMode(display=False) as counter:
+        piece()
+    took, flops = median_seconds(piece, device, rounds), counter.get_total_flops()
+    return Spent(took, flops, flops / took / peak)
+
+
+def by_operation(piece: Piece, device: str) -> dict[str, float]:
+    """The share of a piece's time that each operation takes itself, the most first."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device == "cuda" else []
+    with torch.profiler.profile(activities=activities) as profiler:
+        piece()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    of = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    times = {event.key: float(getattr(event, of)) for event in profiler.key_averages()}
+    total = sum(times.values())
+    return dict(sorted(((name, time / total) for name, time in times.items()), key=lambda item: -item[1])[:MOST])
+
+
+def table(found: dict[str, Spent]) -> str:
+    lines = ["| piece | ms | GFLOP | TFLOP/s | of peak |", "|---|---:|---:|---:|---:|"]
+    for name, (took, flops, of_peak) in found.items():
+        lines.append(f"| {name} | {took * 1e3:.1f} | {flops / 1e9:.1f} | {flops / took / 1e12:.3f} | {of_peak:.0%} |")
+    return "\n".join(lines)
+
+
+def operations_table(operations: dict[str, dict[str, float]]) -> str:
+    lines = ["| piece | its operations, by the time that they take themselves |", "|---|---|"]
+    for name, shares in operations.items():
+        lines.append(f"| {name} | {', '.join(f'`{key}` {share:.0%}' for key, share in shares.items())} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="dense-py", help="a shipped language model")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--components", default="larger", help="of a site: `larger`, or so many times its smaller side")
+    parser.add_argument("--k", type=int, default=4, help="steps of a fresh ascent")
+    parser.add_argument("--compute", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, default=Path("runs/where_time_goes.json"))
+    args = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and end
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+    target: Any = load_target(args.target).module.to(args.device)
+    batch = random_text(target, args.tokens, args.device)
+    case = Case(target, decomposed(target, args.components), batch, args.tokens, args.components, args.k, "kl")
+    compute: Compute = args.compute
+    with computing_in(compute, torch.device(args.device)):
+        peak = peak_flops(args.device, args.rounds)
+        pieces = pieces_of(case)
+        found = {name: spent(piece, args.device, args.rounds, peak) for name, piece in pieces.items()}
+        operations = {name: by_operation(pieces[name], args.device) for name in PROFILED}
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one thread"
+    print(f"{device}, {compute}: peak {peak / 1e12:.3f} TFLOP/s; {args.tokens:,} tokens, C = {args.components}\n")
+    print(table(found))
+    print()
+    print(operations_table(operations))
+    content = {
+        "device": device,
+        "torch": torch.__version__,
+        "compute": compute,
+        "tokens": args.tokens,
+        "components": args.components,
+        "peak_flops": peak,
+        "pieces": {name: one._asdict() for name, one in found.items()},
+        "operations": operations,
+    }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.json, json.dumps(content, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()
