@@ -227,6 +227,7 @@ def measured(case: Case, rounds: int, device: str) -> dict[str, Any]:
     """One row: every piece over the training step of its round, and its peak over that of the training step."""
     pieces = pieces_of(case)
     held = {name: resident_bytes(case.target if name in ("train", "target") else case.model) for name in pieces}
+    held["free"] += case.tokens * case.target.config.vocab_size * 4 if case.loss == "kl" else 0  # known outputs
     memory = {name: held[name] + peak_bytes(piece, device) for name, piece in pieces.items()}  # warms up, too
     times: dict[str, list[float]] = {name: [] for name in pieces}
     for _ in range(rounds):

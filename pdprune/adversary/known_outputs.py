@@ -16,8 +16,8 @@ from pdprune.decomposition import DecomposedModel
 from pdprune.losses import scored_positions
 from pdprune.progress import part, telling
 
-LIMIT = 1 << 30
-"""Bytes of outputs that are remembered at most: a large target needs its memory itself."""
+AT_LEAST, AT_MOST = 32 << 20, 1 << 30
+"""Bytes of outputs that may be remembered: as many as one batch's whole output has, within these bounds."""
 
 
 class Known(NamedTuple):
@@ -44,8 +44,16 @@ class KnownOutputs:
         self.examples = examples
 
     @classmethod
-    def measure(cls, model: DecomposedModel, batches: Sequence[Batch], limit: int = LIMIT) -> KnownOutputs | None:
-        """Run the target on all batches; None as soon as they look like more than `limit` bytes in the end.
+    def measure(cls, model: DecomposedModel, batches: Sequence[Batch], limit: int | None = None) -> KnownOutputs | None:
+        """Run the target on all batches.
+
+        Args:
+            model: whose target it is.
+            batches: of all examples.
+            limit: bytes that may be remembered; by default so many that the run's memory stays about what it was.
+
+        Returns:
+            None as soon as there look to be more than `limit` bytes in the end.
 
         Raises:
             NonFiniteLossError: an output is NaN or infinite.
@@ -57,12 +65,19 @@ class KnownOutputs:
             for index, batch in enumerate(batches):
                 with part(index, len(batches)):
                     run = MaskedLoss(model, batch)
-                    found = _by_example(run.target_output, run.batch)
+                    output = run.target_output
+                    found = _by_example(output, run.batch)
+                limit = limit or min(AT_MOST, max(AT_LEAST, output.nbytes))
                 seen, held = seen + batch.size, held + sum(known.scored.nbytes for known in found)
                 if held * total > limit * seen:
                     return None
                 examples.update(zip(_keys(batch), found, strict=True))
         return cls(examples)
+
+    @property
+    def nbytes(self) -> int:
+        """What is held."""
+        return sum(known.scored.nbytes for known in self.examples.values())
 
     def on(self, batch: Batch) -> Float[Tensor, "B *T V"] | None:
         """The target's output for a batch, 0 where it is not scored; None if one of its examples is not known."""
