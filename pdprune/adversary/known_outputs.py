@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,6 @@ from pdprune.adversary.objective import MaskedLoss
 from pdprune.batches import Batch
 from pdprune.decomposition import DecomposedModel
 from pdprune.losses import scored_positions
-from pdprune.progress import part, telling
 
 AT_LEAST, AT_MOST = 32 << 20, 1 << 30
 """Bytes of outputs that may be remembered: as many as one batch's whole output has, within these bounds."""
@@ -44,13 +43,20 @@ class KnownOutputs:
         self.examples = examples
 
     @classmethod
-    def measure(cls, model: DecomposedModel, batches: Sequence[Batch], limit: int | None = None) -> KnownOutputs | None:
+    def measure(
+        cls,
+        model: DecomposedModel,
+        batches: Sequence[Batch],
+        limit: int | None = None,
+        reached: Callable[[float], None] = lambda share: None,
+    ) -> KnownOutputs | None:
         """Run the target on all batches.
 
         Args:
             model: whose target it is.
             batches: of all examples.
             limit: bytes that may be remembered; by default so many that the run's memory stays about what it was.
+            reached: told what share of the examples is done.
 
         Returns:
             None as soon as there look to be more than `limit` bytes in the end.
@@ -60,24 +66,17 @@ class KnownOutputs:
         """
         examples: dict[bytes, Known] = {}
         total, seen, held = sum(batch.size for batch in batches), 0, 0
-        with telling("target") as tell:
-            tell("its answers to the training examples")
-            for index, batch in enumerate(batches):
-                with part(index, len(batches)):
-                    run = MaskedLoss(model, batch)
-                    output = run.target_output
-                    found = _by_example(output, run.batch)
-                limit = limit or min(AT_MOST, max(AT_LEAST, output.nbytes))
-                seen, held = seen + batch.size, held + sum(known.scored.nbytes for known in found)
-                if held * total > limit * seen:
-                    return None
-                examples.update(zip(_keys(batch), found, strict=True))
+        for batch in batches:
+            run = MaskedLoss(model, batch)
+            output = run.target_output
+            found = _by_example(output, run.batch)
+            limit = limit or min(AT_MOST, max(AT_LEAST, output.nbytes))
+            seen, held = seen + batch.size, held + sum(known.scored.nbytes for known in found)
+            if held * total > limit * seen:
+                return None
+            examples.update(zip(_keys(batch), found, strict=True))
+            reached(seen / total)
         return cls(examples)
-
-    @property
-    def nbytes(self) -> int:
-        """What is held."""
-        return sum(known.scored.nbytes for known in self.examples.values())
 
     def on(self, batch: Batch) -> Float[Tensor, "B *T V"] | None:
         """The target's output for a batch, 0 where it is not scored; None if one of its examples is not known."""

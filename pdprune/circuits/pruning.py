@@ -329,8 +329,10 @@ class CircuitPruner(LightningModule):
             return None
         if passes_over_data(self.trainer) <= Ranks.of(self.trainer).count:
             return None
-        with self.trainer.precision_plugin.forward_context():
-            return KnownOutputs.measure(self.model, as_batches(data.train_batches()))
+        quiet = not cast(Any, self.trainer).log_every_n_steps  # from Python
+        with telling("target", quiet) as tell, self.trainer.precision_plugin.forward_context():
+            tell("its answers to the training examples")
+            return KnownOutputs.measure(self.model, as_batches(data.train_batches()), reached=tell.reach)
 
     @property
     def reference(self) -> Reference:
