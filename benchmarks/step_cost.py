@@ -14,8 +14,8 @@ site, a number is so many times its smaller one. Pieces:
 
     target     a forward pass of the target
     free       one free step: one backward pass for both players. KL to the target's outputs, which are looked up, as
-               from the second pass over the training data on
-    free+      the same on examples that are met for the first time: the target runs, but under `--loss ce`
+               in a run of several passes over its data, which asks the target for all of them before the first step
+    free+      the same where the target runs for them, as in a run of a single pass; `--loss ce` does not ask for any
     ascent     a fresh ascent of K steps, what it is scored against included
     per token  the free step's loss and gradient by the per-token route
     audit      8 restarts of 40 steps, over 8: the whole audit, half of the nodes kept
@@ -279,7 +279,7 @@ def row(found: dict[str, Any]) -> str:
 
 
 HEADER = (
-    "| tokens | C | target forward | free step | free step, first pass | ascent / (K+1) | memory, free "
+    "| tokens | C | target forward | free step | free step, target included | ascent / (K+1) | memory, free "
     "| memory, ascent | per token | memory, per token |\n|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
 )
 
