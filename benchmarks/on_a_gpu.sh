@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All that is to be measured on a GPU, one after another, with tables and JSON in runs/gpu:
-#   bash benchmarks/on_a_gpu.sh            # what steps, audits, frontiers and half precision cost there; about an hour
-#   bash benchmarks/on_a_gpu.sh large      # the target of 30 M parameters: trained, decomposed, pruned; hours
+# All that is to be measured on a GPU, one after another, with the tables in runs/gpu:
+#   bash benchmarks/on_a_gpu.sh            # what steps, audits, frontiers cost there, and what half precision changes
+#   bash benchmarks/on_a_gpu.sh large      # the target of 30 M parameters: trained, decomposed, pruned
 # What is finished is not done again. docs/scale.md says what the figures are for.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,7 +34,7 @@ done
 measure frontier frontier.py --device cuda --levels 4 16 --json "$out/frontier.json"
 for precision in bf16-mixed 16-mixed; do
   for target in dense-py sparse-py; do
-    measure "$precision-$target" precision.py --precision "$precision" --seeds 0 1 2 -- --trainer.accelerator gpu \
+    measure "$precision-$target" precision.py --precision "$precision" --device cuda --seeds 0 1 2 -- \
       --model.decomposition.target "$target"
   done
 done

@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py                                  # the quickstart: float32 against bf16-mixed
     python benchmarks/precision.py --seeds 0 1 2                    # a row for each, and their mean
-    python benchmarks/precision.py --precision 16-mixed -- --trainer.accelerator gpu
+    python benchmarks/precision.py --precision 16-mixed --device cuda
     python benchmarks/precision.py -- --model.decomposition.target sparse-py   # what follows `--` goes to every fit
 
 Wanted are a Jaccard index of the kept nodes of at least 0.95 and a worst case within 2 %. As a yardstick each float32
@@ -60,9 +60,17 @@ def fitted(folder: Path, config: str, precision: str, seed: int, rest: list[str]
     }
 
 
-def folder_of(config: str, rest: list[str]) -> Path:
+def folder_of(config: str, device: str, rest: list[str]) -> Path:
     """Where the fits of a config with these flags lie."""
-    return Path("runs/precision") / "-".join([Path(config).stem, *re.findall(r"[\w.]+", " ".join(rest))])
+    where = [] if device == "cpu" else [device]
+    return Path("runs/precision") / "-".join([Path(config).stem, *where, *re.findall(r"[\w.]+", " ".join(rest))])
+
+
+def loaded(folder: Path, device: str) -> AuditedRun:
+    """A finished fit, its model where audits shall be made."""
+    run = AuditedRun.load(folder)
+    run.model.to(device)
+    return run
 
 
 def compared(run: AuditedRun, one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -145,15 +153,17 @@ def main() -> None:
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--precision", default="bf16-mixed", choices=[*COMPUTE])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of fits and audits")
     parser.add_argument("rest", nargs="*", help="after `--`: flags of every fit")
     args = parser.parse_args()
-    folder = folder_of(args.config, args.rest)
+    folder = folder_of(args.config, args.device, args.rest)
+    rest = ["--trainer.accelerator", {"cpu": "cpu", "cuda": "gpu"}[args.device], *args.rest]
 
     def fit(precision: str, seed: int) -> dict[str, Any]:
-        return fitted(folder / f"{precision}-{seed}", args.config, precision, seed, args.rest)
+        return fitted(folder / f"{precision}-{seed}", args.config, precision, seed, rest)
 
     exact = {seed: fit("32-true", seed) for seed in (*args.seeds, args.seeds[-1] + 1)}
-    runs = {seed: AuditedRun.load(folder / f"32-true-{seed}") for seed in args.seeds}
+    runs = {seed: loaded(folder / f"32-true-{seed}", args.device) for seed in args.seeds}
     half = {
         f"{args.precision}, seed {seed}": compared(run, exact[seed], fit(args.precision, seed))
         for seed, run in runs.items()
@@ -162,7 +172,7 @@ def main() -> None:
     compute = COMPUTE[args.precision]
     audits = {f"{compute}, seed {seed}": audited_in_both(run, exact[seed], compute) for seed, run in runs.items()}
     about = {"torch": torch.__version__, "cuda": torch.cuda.is_available(), "config": args.config, "flags": args.rest}
-    write_atomically(folder / "precision.json", json.dumps(about | half | others | audits, indent=1).encode())
+    write_atomically(folder / f"{args.precision}.json", json.dumps(about | half | others | audits, indent=1).encode())
     print(table(half | others))
     print(audits_table(audits))
     for name, found in (("circuits", half), ("tops of one size", {name: row["tops"] for name, row in half.items()})):

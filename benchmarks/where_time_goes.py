@@ -45,10 +45,10 @@ class Spent(NamedTuple):
     of_peak: float
 
 
-def peak_flops(device: str, rounds: int) -> float:
-    """Operations a second of a large square matrix product, in the precision around it."""
+def peak_flops(device: str, compute: Compute, rounds: int) -> float:
+    """Operations a second of a large square matrix product."""
     size = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, compute)) for _ in range(2))
     return 2 * size**3 / median_seconds(lambda: a @ b, device, rounds)
 
 
@@ -73,7 +73,9 @@ def by_operation(piece: Piece, device: str) -> dict[str, float]:
         if device == "cuda":
             torch.cuda.synchronize()
     of = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    times = {event.key: float(getattr(event, of)) for event in profiler.key_averages()}
+    # What kernels take is told twice: in rows of their own, and in those of the operations that started them.
+    rows = [event for event in profiler.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]
+    times = {event.key: float(getattr(event, of)) for event in rows}
     total = sum(times.values())
     return dict(sorted(((name, time / total) for name, time in times.items()), key=lambda item: -item[1])[:MOST])
 
@@ -112,7 +114,7 @@ def main() -> None:
     case = Case(target, decomposed(target, args.components), batch, args.tokens, args.components, args.k, "kl")
     compute: Compute = args.compute
     with computing_in(compute, torch.device(args.device)):
-        peak = peak_flops(args.device, args.rounds)
+        peak = peak_flops(args.device, compute, args.rounds)
         pieces = pieces_of(case)
         found = {name: spent(piece, args.device, args.rounds, peak) for name, piece in pieces.items()}
         operations = {name: by_operation(pieces[name], args.device) for name in PROFILED}

@@ -118,14 +118,22 @@ class RunFolder:
 
     @property
     def config(self) -> dict[str, Any] | None:
-        """What the folder says that its run is; None where it says nothing."""
+        """What the folder says that its run is; None where it says nothing, or nothing that can be read."""
         path = self.path / CONFIG_FILE
-        return yaml.safe_load(path.read_text()) if path.is_file() else None
+        try:
+            return yaml.safe_load(path.read_text()) if path.is_file() else None
+        except yaml.YAMLError:
+            return None
+
+    @property
+    def has_ended_fit(self) -> bool:
+        """Whether a fit came to its end here, and its checkpoints are still there."""
+        return self._finished_mark.exists()
 
     @property
     def is_finished(self) -> bool:
-        """Whether a fit came to its end here. Results whose checkpoints were deleted count as finished too."""
-        if self._finished_mark.exists():
+        """Whether the folder holds results that are complete, also those whose checkpoints were deleted."""
+        if self.has_ended_fit:
             return True
         results = ("circuit.json", "audit.json", "decomposition_audit.json", FRONTIER_FILE)
         return not self.has_checkpoint and any((self.path / name).exists() for name in results)

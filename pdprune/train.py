@@ -78,6 +78,13 @@ COMMANDS = {
 }
 
 
+WHERE_AND_WHO_WATCHES = {
+    *("accelerator", "devices", "num_nodes", "strategy", "default_root_dir", "plugins"),
+    *("logger", "log_every_n_steps", "profiler", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"),
+}
+"""Of the trainer's settings, those that a run may be gone on with under others, and still is the same run."""
+
+
 class FinishedAlready(Exception):  # noqa: N818  # it is no error
     """The run that is to be gone on with is at its end, so that there is nothing to do."""
 
@@ -197,7 +204,7 @@ class PdpruneCLI(LightningCLI):
         self.folder.require_writable()
         self.save_config_kwargs["overwrite"] = bool(config.overwrite)
         if self.subcommand == "fit" and not config.overwrite and not config.trainer.fast_dev_run:
-            if config.ckpt_path == "last" and self.folder.is_finished and self._is_what_was_run():
+            if config.ckpt_path == "last" and self.folder.has_ended_fit and self._is_what_was_run():
                 raise FinishedAlready(f"Results are in {self.folder.path}, where this run is finished already")
             self._refuse_to_lose_results(config.ckpt_path)
         self._circuit_file = config.get("circuit")
@@ -397,9 +404,8 @@ def default_run_folder(args: list[str]) -> str:
 
 def what_is_run(config: dict[str, Any]) -> dict[str, Any]:
     """Of a resolved config, what decides how a run ends; where it is made, and who watches, is left out."""
-    trainer = config.get("trainer", {})
-    decides = {name: trainer.get(name) for name in ("max_steps", "max_epochs", "precision")}
-    return decides | {name: config.get(name) for name in ("seed_everything", "model", "data")}
+    trainer = {name: value for name, value in config.get("trainer", {}).items() if name not in WHERE_AND_WHO_WATCHES}
+    return {"trainer": trainer} | {name: config.get(name) for name in ("seed_everything", "model", "data")}
 
 
 def read_configs(args: list[str]) -> list[Any]:

@@ -48,3 +48,8 @@ def test_what_runs_on_a_gpu_is_read_by_its_parsers(
             assert done.value.code == 0
         else:
             parse(program, arguments, monkeypatch)
+        if "--" in arguments:  # what follows goes to every fit
+            flags = arguments[arguments.index("--") + 1 :]
+            with pytest.raises(SystemExit) as done:
+                main(["fit", "--config", "configs/quickstart.yaml", *flags, "--print_config"])
+            assert done.value.code == 0

@@ -299,11 +299,13 @@ def test_finished_and_unfinished_folders(refused: Callable[..., str]) -> None:
     assert in_a_child(lambda: fit("--model.die_at", "30")) == -signal.SIGKILL
     assert "unfinished run" in refused("fit", "--config", "toy.yaml")
     assert fit("--ckpt_path", "last") == 0
-    other = ["--ckpt_path", "last", "--model.lr", "0.7"]
-    for more in ([], ["--ckpt_path", "runs/toy/checkpoints/last.ckpt"], other):
+    others = (["--model.lr", "0.7"], ["--trainer.max_time", "1:0:0:0"])
+    other_runs = [["--ckpt_path", "last", *other] for other in others]
+    for more in ([], ["--ckpt_path", "runs/toy/checkpoints/last.ckpt"], *other_runs):
         assert "finished run; replace it with --overwrite" in refused("fit", "--config", "toy.yaml", *more)
     shutil.rmtree("runs/toy/checkpoints")
-    assert "finished run" in refused("fit", "--config", "toy.yaml")
+    for more in ([], ["--ckpt_path", "last"]):
+        assert "finished run" in refused("fit", "--config", "toy.yaml", *more)
 
 
 def test_going_on_with_a_finished_run_leaves_it_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,10 +83,10 @@ class KnownOutputs:
         found = [known for key in _keys(batch) if (known := self.examples.get(key)) is not None]
         if len(found) < batch.size:
             return None
-        shape, any_rows = found[0]
-        output = any_rows.new_zeros(batch.size, *shape)
-        if _is_whole(output, batch):
+        shape, rows = found[0]
+        if _is_whole(shape, batch):
             return torch.stack([known.scored for known in found])
+        output = rows.new_zeros(batch.size, *shape)
         scored = scored_positions(output, batch)
         output[scored.example, scored.position] = torch.cat([known.scored for known in found])
         return output
@@ -94,16 +94,16 @@ class KnownOutputs:
 
 def _by_example(output: Tensor, batch: Batch) -> list[Known]:
     shape = output.shape[1:]
-    if _is_whole(output, batch):
+    if _is_whole(shape, batch):
         return [Known(shape, whole) for whole in output]
     scored = scored_positions(output, batch)
     counts = torch.bincount(scored.example, minlength=batch.size)
     return [Known(shape, rows) for rows in scored.rows(output).split(counts.tolist())]
 
 
-def _is_whole(output: Tensor, batch: Batch) -> bool:
-    """Whether a loss may look at all of an output."""
-    return output.ndim != 3 or (batch.positions is None and batch.attention_mask is None)
+def _is_whole(shape: torch.Size, batch: Batch) -> bool:
+    """Whether a loss may look at all of outputs of this shape each."""
+    return len(shape) != 2 or (batch.positions is None and batch.attention_mask is None)
 
 
 def _keys(batch: Batch) -> Iterator[bytes]:

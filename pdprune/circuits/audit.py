@@ -50,7 +50,7 @@ from pdprune.seeding import generator
 __all__ = ["Audit", "as_gates", "audit"]
 
 FLOOR = Ascent(steps=20, step_size=0.1, restarts=4)
-"""No audit attacks with less than this, corners and discrete stage included."""
+"""No circuit is audited with less than this, corners and discrete stage included."""
 BRIEF = Ascent(steps=20, step_size=0.1, restarts=1, flips=16)
 """What random circuits are attacked with: too weak an attack flatters them, not the circuit that they stand beside."""
 AUTO_LIMIT = 12

@@ -70,7 +70,10 @@ class Adversarial:
 
 @dataclass(frozen=True)
 class RandomCircuits:
-    """Circuits of the same number of nodes in each site, drawn at random: means over `n` of them."""
+    """Circuits of the same number of nodes in each site, drawn at random: means over `n` of them.
+
+    `adversarial_loss` is by one restart of 20 steps, a weaker attack than the audited circuit's own.
+    """
 
     n: int
     size: int

@@ -177,6 +177,11 @@ class FrontierPruner(LightningModule):
         for pruner in self.levels.values():
             pruner.known_outputs = known
 
+    def on_train_end(self) -> None:
+        """What follows asks for other examples."""
+        for pruner in self.levels.values():
+            pruner.known_outputs = None
+
     @property
     def is_prepared(self) -> bool:
         """Whether `prepare` was called."""

@@ -319,10 +319,14 @@ class CircuitPruner(LightningModule):
         """Lightning's hook: it is known now how long the run is, and training's precision holds."""
         self.known_outputs = self.answers_worth_knowing()
 
+    def on_train_end(self) -> None:
+        """Lightning's hook: what follows asks for other examples."""
+        self.known_outputs = None
+
     def answers_worth_knowing(self) -> KnownOutputs | None:
         """What the target answers to the training examples, where steps ask for it more often than that takes.
 
-        Each rank works out all of it.
+        Each rank works out all of it: on N ranks it pays from N passes over the data on.
         """
         data = getattr(self.trainer, "datamodule", None)
         if data is None or self.loss not in ("kl", "mse"):
@@ -722,10 +726,14 @@ class CircuitPruner(LightningModule):
 
 
 def passes_over_data(trainer: Trainer) -> float:
-    """How often a run meets every training example."""
-    if trainer.max_steps >= 0:
-        return trainer.max_steps / max(1, trainer.num_training_batches)
-    return math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs)
+    """How often a run meets each training example; 0 where the loader does not say how many batches a pass has."""
+    steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    if trainer.max_epochs not in (None, -1):
+        steps = min(steps, trainer.max_epochs * trainer.num_training_batches)
+    try:
+        return steps / max(1, len(cast(Any, trainer.train_dataloader)))  # an epoch may be a part of a pass
+    except TypeError:
+        return 0.0
 
 
 def require_identity(checkpoint: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -98,7 +98,7 @@ def checks_of(audit: Audit) -> list[Check]:
     if random is not None:
         drawn = f"a random circuit of that size (mean of {random.n})"
         checks.append(Check(f"{drawn}, the rest ablated", random.complete_loss))
-        checks.append(Check(f"{drawn}, the rest by the adversary", random.adversarial_loss))
+        checks.append(Check(f"{drawn}, the rest by a brief attack", random.adversarial_loss))
     return checks
 
 
