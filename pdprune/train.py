@@ -405,6 +405,8 @@ def default_run_folder(args: list[str]) -> str:
 def what_is_run(config: dict[str, Any]) -> dict[str, Any]:
     """Of a resolved config, what decides how a run ends; where it is made, and who watches, is left out."""
     trainer = {name: value for name, value in config.get("trainer", {}).items() if name not in WHERE_AND_WHO_WATCHES}
+    if trainer.get("precision") in (None, 32, "32"):
+        trainer["precision"] = "32-true"
     return {"trainer": trainer} | {name: config.get(name) for name in ("seed_everything", "model", "data")}
 
 

@@ -313,7 +313,9 @@ def test_going_on_with_a_finished_run_leaves_it_as_it_is(capsys: pytest.CaptureF
     assert fit() == 0
     before = {path: path.stat().st_mtime_ns for path in Path("runs/toy").rglob("*")}
     capsys.readouterr()
-    assert fit("--ckpt_path", "last", "--trainer.log_every_n_steps", "3") == 0
+    overlay = Path(__file__).parent.parent / "configs/trainer/cpu.yaml"
+    elsewhere = ["--trainer.log_every_n_steps", "3", "--config", str(overlay)]
+    assert fit("--ckpt_path", "last", *elsewhere) == 0
     assert capsys.readouterr().out == "Results are in runs/toy, where this run is finished already\n"
     assert {path: path.stat().st_mtime_ns for path in Path("runs/toy").rglob("*")} == before
 
