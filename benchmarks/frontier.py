@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from step_cost import random_text, seconds
+from step_cost import measured_on, random_text, seconds
 from torch import Tensor
 
 import pdprune
@@ -29,7 +29,6 @@ from pdprune.adversary.objective import MaskedLoss
 from pdprune.adversary.opponent import TrainingAdversary
 from pdprune.circuits.frontier import FrontierPruner, Levels
 from pdprune.files import write_atomically
-from pdprune.targets import load_target
 
 
 class Batches:
@@ -79,10 +78,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("runs/frontier_cost.json"))
     args = parser.parse_args()
-    if args.device == "cpu":
-        torch.set_num_threads(1)
-        torch.set_flush_denormal(True)
-    target: Any = load_target(args.target).module.requires_grad_(False).to(args.device)
+    target = measured_on(args.target, args.device).requires_grad_(False)
     model = pdprune.decompose(target, ["*.mlp.down", "*.attn.out"], "neuron")
     batch = random_text(target, args.tokens, args.device)
     steps = {levels: step_of(model, batch, levels) for levels in (1, *args.levels)}

@@ -76,6 +76,15 @@ class Case(NamedTuple):
     loss: str
 
 
+def measured_on(name: str, device: str) -> Any:
+    """A shipped language model on the device; on a CPU whatever follows has one thread."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and end
+    if device == "cpu":
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)
+    return load_target(name).module.to(device)
+
+
 def decomposed(target: nn.Module, components: str) -> DecomposedModel:
     """Random components at every matrix, about as large together as the weight; what they leave over is delta."""
     rng = generator(0, "components")
@@ -305,11 +314,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("runs/step_cost.json"))
     args = parser.parse_args()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and end
-    if args.device == "cpu":
-        torch.set_num_threads(1)
-        torch.set_flush_denormal(True)
-    target: Any = load_target(args.target).module.to(args.device)
+    target = measured_on(args.target, args.device)
     print(audit_header(args.audit) if args.audit else HEADER)
     rows = []
     for tokens in args.tokens:

@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from step_cost import Case, Piece, decomposed, pieces_of, random_text, seconds
+from step_cost import Case, Piece, decomposed, measured_on, pieces_of, random_text, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 from pdprune.files import write_atomically
 from pdprune.precision import Compute, computing_in
-from pdprune.targets import load_target
 
 PROFILED = ("free", "ascent")
 MOST = 8
@@ -105,11 +103,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, default=Path("runs/where_time_goes.json"))
     args = parser.parse_args()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and end
-    if args.device == "cpu":
-        torch.set_num_threads(1)
-        torch.set_flush_denormal(True)
-    target: Any = load_target(args.target).module.to(args.device)
+    target = measured_on(args.target, args.device)
     batch = random_text(target, args.tokens, args.device)
     case = Case(target, decomposed(target, args.components), batch, args.tokens, args.components, args.k, "kl")
     compute: Compute = args.compute
