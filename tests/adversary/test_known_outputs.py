@@ -133,9 +133,9 @@ def test_a_fit_asks_the_target_once_for_every_example(tmp_path: Path, mode: Any)
         if not remembers:
             learner.answers_worth_knowing = lambda: None  # type: ignore[method-assign]
         asked: list[int] = []
-        with_count = _counting(model, asked)
+        counting = _counting(model, asked)
         trainer(tmp_path, 12).fit(learner, datamodule=tokens())
-        with_count.remove()
+        counting.remove()
         return learner.openness, len(asked)
 
     (known, runs), (asked, more_runs) = fitted(True), fitted(False)
