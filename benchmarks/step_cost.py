@@ -49,6 +49,7 @@ from pdprune.adversary.opponent import Opponent, TrainingAdversary
 from pdprune.batches import Batch, as_batch
 from pdprune.circuits.gates import LeakyHardSigmoid, Sparsity
 from pdprune.decomposition import DecomposedModel
+from pdprune.errors import UserError
 from pdprune.files import write_atomically
 from pdprune.precision import computing_in
 from pdprune.seeding import generator
@@ -77,12 +78,22 @@ class Case(NamedTuple):
 
 
 def measured_on(name: str, device: str) -> Any:
-    """A shipped language model on the device; on a CPU whatever follows has one thread."""
+    """A shipped language model on the device; on a CPU whatever follows has one thread.
+
+    Ends the program with one line where there is no such model or device.
+    """
+    try:
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"--device {device}: PyTorch sees no GPU here; expected cpu")
+        target = load_target(name).module.to(device)
+    except UserError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and end
     if device == "cpu":
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
-    return load_target(name).module.to(device)
+    return target
 
 
 def decomposed(target: nn.Module, components: str) -> DecomposedModel:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from documentation.session import parse
 
 from pdprune.train import main
@@ -26,6 +27,21 @@ def test_formulas_of_memory_and_work_match_counts(monkeypatch: pytest.MonkeyPatc
         exact = not name.startswith("activations")
         assert formula == (counted if exact else pytest.approx(counted, rel=0.05)), name
     assert scale.tables() in (ROOT / "docs/scale.md").read_text()
+
+
+@pytest.mark.parametrize(("target", "device"), [("dense", "cpu"), ("dense-py", "cuda")])
+def test_what_cannot_be_measured_is_said_in_one_line(
+    target: str, device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    from step_cost import measured_on
+
+    with pytest.raises(SystemExit) as ended:
+        measured_on(target, device)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and (device if device == "cuda" else repr(target)) in line and "expected" in line
 
 
 @pytest.mark.parametrize(("part", "count"), [([], 10), (["large"], 3)])

@@ -39,6 +39,7 @@ def _show(command: str, experiment: Experiment, small: bool, changes: Mapping[st
     cells = experiment.cells(settings)
     place = folder / experiment.name
     if command == "run":
+        experiment.require(settings)
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
         results = run_cells(place, cells, experiment.run, lambda line: print(line, file=sys.stderr, flush=True))

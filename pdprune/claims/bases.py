@@ -41,11 +41,20 @@ class Settings:
 SMALL = Settings(bases=(LEARNED, SINGULAR), tasks=("quote",), seeds=(0,), train=64, others=8, steps=4)
 
 
+def require(settings: Settings) -> None:
+    """Refuse a path that holds no decomposition: it would be found out several cells later."""
+    for basis in _bases(settings):
+        in_nodes(settings.target, basis)
+
+
 def cells(settings: Settings) -> list[Cell]:
     """One for every seed, task and basis."""
-    bases = settings.bases if settings.sampled is None else (*settings.bases, settings.sampled)
-    axes = {"basis": bases, "task": settings.tasks, "seed": settings.seeds}
+    axes = {"basis": _bases(settings), "task": settings.tasks, "seed": settings.seeds}
     return crossed(axes, shared_by(settings, "target", "target_loss", "train", "others", "steps"))
+
+
+def _bases(settings: Settings) -> tuple[str, ...]:
+    return settings.bases if settings.sampled is None else (*settings.bases, settings.sampled)
 
 
 def run(
@@ -101,4 +110,5 @@ EXPERIMENT = Experiment(
     cells=cells,
     run=run,
     table=table,
+    require=require,
 )

@@ -38,6 +38,10 @@ class Result(NamedTuple):
     cpu_seconds: float
 
 
+def _anything_goes(settings: Any) -> None:
+    """The requirement of an experiment that has none."""
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A claim that is put to the test.
@@ -50,6 +54,7 @@ class Experiment:
         cells: the cells that settings ask for, in order.
         run: computes one cell; called with the cell's entries as arguments.
         table: the results as a Markdown table.
+        require: raises `UserError` for settings that no cell could be computed with, before the first one is.
     """
 
     name: str
@@ -59,6 +64,7 @@ class Experiment:
     cells: Callable[[Any], Sequence[Cell]]
     run: Callable[..., Figures]
     table: Callable[[Sequence[Result]], str]
+    require: Callable[[Any], None] = _anything_goes
 
     def set_up(self, small: bool, changes: Mapping[str, Any]) -> Any:
         """The settings, or the small ones, with some of them changed.

@@ -74,6 +74,7 @@ def test_the_list_says_what_is_claimed(capsys: pytest.CaptureFixture[str]) -> No
         (["run", "nonsense", "--set", "seeds=[a]"], "seeds is ('a',); expected values as in (0, 1, 2)"),
         (["run", "nonsense", "--set", "seeds=3"], "seeds is 3; expected values as in (0, 1, 2)"),
         (["run", "nonsense", "--set", "aim=half"], "aim is 'half'; expected values as in 0.5"),
+        (["run", "bases", "--set", "sampled=runs/misspelt"], "runs/misspelt"),
         (["run", "nonsense", "--set", 'cases=["x"]'], "cases: got 'x'; expected some of the task itself"),
     ],
 )
@@ -83,3 +84,4 @@ def test_mistakes_are_told_in_one_line(
     assert main([*arguments, "--folder", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert says in told and told.count("\n") == 1
+    assert not list(tmp_path.rglob("*.json")), "no cell is computed"
