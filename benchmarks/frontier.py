@@ -2,6 +2,7 @@
 
     python benchmarks/frontier.py                              # on the CPU, one after another
     python benchmarks/frontier.py --device cuda                # as one batch, on a GPU
+    python benchmarks/frontier.py --operators                  # how many operators that batch calls; no GPU is needed
 
 All in one process, round after round; a figure is the median over rounds of R levels' time over that of one level in
 the same round. On CPU with one thread, and CPU time. A step is a keep step of a fresh adversary under KL, the target's
@@ -18,17 +19,24 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from lightning import Trainer
 from step_cost import measured_on, random_text, seconds
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pdprune
 from pdprune.adversary.objective import MaskedLoss
 from pdprune.adversary.opponent import TrainingAdversary
+from pdprune.adversary.together import TOKENS_ON_GPU
 from pdprune.circuits.frontier import FrontierPruner, Levels
 from pdprune.files import write_atomically
+
+VIEWS = {"alias", "detach", "expand", "permute", "select", "slice", "t", "transpose", "unsqueeze", "view"}
+"""Operators that compute nothing."""
 
 
 class Batches:
@@ -69,6 +77,30 @@ def step_of(model: pdprune.DecomposedModel, batch: Any, n_levels: int) -> Callab
     return lambda: frontier.step(batch)
 
 
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute something."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def operators_of(step: Callable[[], None]) -> int:
+    """Operators that a step calls when masks run as one batch, on whatever device they are."""
+    with (
+        # Of the CPU's own attention PyTorch batches nothing; of this one and of a GPU's it does.
+        sdpa_kernel(SDPBackend.MATH),
+        mock.patch("pdprune.adversary.objective.how_many_at_once", lambda *_, **__: TOKENS_ON_GPU),
+        mock.patch.object(FrontierPruner, "_at_once", lambda *_: TOKENS_ON_GPU),
+    ):
+        step()  # the first one measures and remembers
+        with Operators() as operators:
+            step()
+    return operators.count
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="dense-py", help="a shipped language model")
@@ -76,12 +108,19 @@ def main() -> None:
     parser.add_argument("--levels", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--operators", action="store_true", help="count operators instead of measuring time")
     parser.add_argument("--json", type=Path, default=Path("runs/frontier_cost.json"))
     args = parser.parse_args()
     target = measured_on(args.target, args.device).requires_grad_(False)
     model = pdprune.decompose(target, ["*.mlp.down", "*.attn.out"], "neuron")
     batch = random_text(target, args.tokens, args.device)
     steps = {levels: step_of(model, batch, levels) for levels in (1, *args.levels)}
+    if args.operators:
+        counts = {levels: operators_of(step) for levels, step in steps.items()}
+        print("| levels | operators that a step calls | in those of one level |\n|---:|---:|---:|")
+        for levels, count in counts.items():
+            print(f"| {levels} | {count:,} | {count / counts[1]:.2f} |")
+        return
     for step in steps.values():
         step()
     times = [{levels: seconds(step, args.device) for levels, step in steps.items()} for _ in range(args.rounds)]

@@ -11,6 +11,8 @@ import pytest
 import torch
 from documentation.session import parse
 
+import pdprune
+from pdprune.targets import load_target
 from pdprune.train import main
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +44,19 @@ def test_what_cannot_be_measured_is_said_in_one_line(
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and (device if device == "cuda" else repr(target)) in line and "expected" in line
+
+
+def test_levels_that_run_as_one_batch_share_their_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bounds the cost of a frontier of a small network on a GPU; one after another they would call 16 times."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import frontier
+    from step_cost import random_text
+
+    target = load_target("dense-py").module
+    model = pdprune.decompose(target, ["*.mlp.down", "*.attn.out"], "neuron")
+    batch = random_text(target, 256, "cpu")
+    one, sixteen = (frontier.operators_of(frontier.step_of(model, batch, levels)) for levels in (1, 16))
+    assert one > 100 and sixteen < 2 * one
 
 
 @pytest.mark.parametrize(("part", "count"), [([], 10), (["large"], 3)])
