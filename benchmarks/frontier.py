@@ -23,10 +23,9 @@ from unittest import mock
 
 import torch
 from lightning import Trainer
-from step_cost import measured_on, random_text, seconds
+from step_cost import Operators, measured_on, random_text, seconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pdprune
 from pdprune.adversary.objective import MaskedLoss
@@ -34,9 +33,6 @@ from pdprune.adversary.opponent import TrainingAdversary
 from pdprune.adversary.together import TOKENS_ON_GPU
 from pdprune.circuits.frontier import FrontierPruner, Levels
 from pdprune.files import write_atomically
-
-VIEWS = {"alias", "detach", "expand", "permute", "select", "slice", "t", "transpose", "unsqueeze", "view"}
-"""Operators that compute nothing."""
 
 
 class Batches:
@@ -75,16 +71,6 @@ def step_of(model: pdprune.DecomposedModel, batch: Any, n_levels: int) -> Callab
         torch.nn.init.constant_(level.theta, 0.5)  # every node is free
     frontier.to(model.delta_sites.device)
     return lambda: frontier.step(batch)
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that compute something."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__ not in VIEWS
-        return func(*args, **(kwargs or {}))
 
 
 def operators_of(step: Callable[[], None]) -> int:

@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pdprune
 from pdprune.adversary.attack import attack
@@ -61,6 +62,9 @@ RESTARTS, STEPS = 8, 40
 PER_TOKEN_LIMIT = 8 << 30
 """Bytes beyond which the per-token route is left out."""
 GOALS = {"free": 1.15, "ascent": 1.15, "memory": 1.3, "per token": 3.0, "audit": 45.0}
+
+VIEWS = {"alias", "detach", "expand", "permute", "select", "slice", "t", "transpose", "unsqueeze", "view"}
+"""Operators that compute nothing."""
 
 Piece = Callable[[], Any]
 
@@ -222,6 +226,16 @@ def seconds(piece: Piece, device: str) -> float:
     return time.perf_counter() - start
 
 
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute something."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
 def peak_bytes(piece: Piece, device: str) -> int:
     """The most that is allocated at once while a piece runs, beyond what was there before."""
     piece()
@@ -320,6 +334,9 @@ def main() -> None:
     parser.add_argument("--loss", choices=["kl", "ce"], default="kl", help="ce asks for no outputs of the target")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
+        "--compile", action="store_true", help="the masked target's pass by torch.compile; the unit is not"
+    )
+    parser.add_argument(
         "--audit", type=int, nargs="+", metavar="N", help="measure audits instead, with N random circuits; takes long"
     )
     parser.add_argument("--device", default="cpu")
@@ -332,6 +349,8 @@ def main() -> None:
         batch = random_text(target, tokens, args.device)
         for components in args.components:
             case = Case(target, decomposed(target, components), batch, tokens, components, args.k, args.loss)
+            if args.compile:
+                case.model.compile()
             if args.audit:
                 found: dict[str, Any] = {
                     "tokens": tokens,
@@ -346,7 +365,12 @@ def main() -> None:
                 print(row(found))
             rows.append(found)
             sys.stdout.flush()
-    machine = {"device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {
+        "device": args.device,
+        "compiled": args.compile,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     args.json.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.json, json.dumps({"goals": GOALS, "machine": machine, "rows": rows}, indent=1).encode())
 

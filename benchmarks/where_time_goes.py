@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from step_cost import Case, Piece, decomposed, measured_on, pieces_of, random_text, seconds
+from step_cost import Case, Operators, Piece, decomposed, measured_on, pieces_of, random_text, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 from pdprune.files import write_atomically
@@ -36,11 +36,13 @@ class Spent(NamedTuple):
         seconds: the median over rounds.
         flops: floating-point operations.
         of_peak: its operations a second over the device's.
+        operators: of PyTorch, called; a small network leaves a GPU waiting for the next.
     """
 
     seconds: float
     flops: int
     of_peak: float
+    operators: int
 
 
 def peak_flops(device: str, compute: Compute, rounds: int) -> float:
@@ -58,8 +60,10 @@ def median_seconds(piece: Piece, device: str, rounds: int) -> float:
 def spent(piece: Piece, device: str, rounds: int, peak: float) -> Spent:
     with FlopCounterMode(display=False) as counter:
         piece()
+    with Operators() as operators:
+        piece()
     took, flops = median_seconds(piece, device, rounds), counter.get_total_flops()
-    return Spent(took, flops, flops / took / peak)
+    return Spent(took, flops, flops / took / peak, operators.count)
 
 
 def by_operation(piece: Piece, device: str) -> dict[str, float]:
@@ -79,9 +83,10 @@ def by_operation(piece: Piece, device: str) -> dict[str, float]:
 
 
 def table(found: dict[str, Spent]) -> str:
-    lines = ["| piece | ms | GFLOP | TFLOP/s | of peak |", "|---|---:|---:|---:|---:|"]
-    for name, (took, flops, of_peak) in found.items():
-        lines.append(f"| {name} | {took * 1e3:.1f} | {flops / 1e9:.1f} | {flops / took / 1e12:.3f} | {of_peak:.0%} |")
+    lines = ["| piece | ms | GFLOP | TFLOP/s | of peak | operators |", "|---|---:|---:|---:|---:|---:|"]
+    for name, (took, flops, of_peak, operators) in found.items():
+        speed = f"{flops / took / 1e12:.3f} | {of_peak:.0%}"
+        lines.append(f"| {name} | {took * 1e3:.1f} | {flops / 1e9:.1f} | {speed} | {operators:,} |")
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from pdprune.decomposition.building import Node, build
+from pdprune.decomposition.compiled import Call, call, compiled_call, has_hooks
 from pdprune.decomposition.folding import SiteMask, fold, masked_per_token, terms_added
 from pdprune.decomposition.norms import norms_frozen, norms_of, scale_of
 from pdprune.decomposition.sites import EMBEDDING, Site, at_least_float32
@@ -78,6 +79,7 @@ class DecomposedModel(nn.Module):
         self.recipe: str | None = None
         self.importances: CausalImportances | None = None
         self.can_batch = True
+        self._compiled: Call | None = None
         self.site_list = nn.ModuleList(sites)
         self.sites = {site.name: site for site in sites}
         self.site_names = list(self.sites)
@@ -161,6 +163,21 @@ class DecomposedModel(nn.Module):
         """Nothing in a frozen target trains: the mode of its modules is not touched."""
         self.training = mode
         return self
+
+    def compile(self, **options: Any) -> None:
+        """Compile the target's pass, for wherever one mask serves all tokens, or there is none.
+
+        The first pass of each kind (shapes of inputs, with gradients or without) takes from seconds to minutes, those
+        after it less time than before. What is computed differs by rounding. Passes that need hooks on the target
+        (masks by token, frozen norms, references by token), or find some there, are not compiled.
+
+        Args:
+            options: of `torch.compile`.
+
+        Raises (from the first pass of a kind):
+            UserError: the target cannot be compiled here: for want of a compiler, say.
+        """
+        self._compiled = compiled_call(**options)
 
     def forward(
         self,
@@ -344,9 +361,11 @@ class DecomposedModel(nn.Module):
         return stand_ins
 
     def _call(self, parameters: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._compiled is not None and not has_hooks(self._target_modules):
+            return self._compiled(self.target, parameters, args, kwargs)
         if not parameters:
             return self.target(*args, **kwargs)
-        return torch.func.functional_call(self.target, parameters, args, kwargs, tie_weights=False)
+        return call(self.target, parameters, args, kwargs)
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:

@@ -31,6 +31,8 @@ class Decomposition:
     nodes: str | None = None
     """A JSON file of groups of components that become the nodes (see `pdprune.decomposition.clusters`); by default a
     node is a component, a head, or what was saved."""
+    compile: bool = False
+    """Whether the target's pass goes through `torch.compile`: worth its half a minute or more in long runs."""
 
     def load(self) -> DecomposedModel:
         """Load the target and decompose it, or load the decomposition.
@@ -40,7 +42,11 @@ class Decomposition:
                 read or do not fit, or both a basis and a path.
         """
         model = self._components()
-        return model if self.nodes is None else regroup_by_file(model, self.nodes)
+        if self.nodes is not None:
+            model = regroup_by_file(model, self.nodes)
+        if self.compile:
+            model.compile()
+        return model
 
     def _components(self) -> DecomposedModel:
         """The decomposition with the nodes that it has by itself."""
