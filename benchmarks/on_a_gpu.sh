@@ -27,6 +27,7 @@ if [ "${1:-}" = large ]; then
   exit
 fi
 measure step_cost step_cost.py --device cuda --json "$out/step_cost.json"
+measure step_cost-compiled step_cost.py --device cuda --compile --json "$out/step_cost-compiled.json"
 measure audit_cost step_cost.py --device cuda --tokens 8192 --components larger --audit 0 2 --json "$out/audit_cost.json"
 for compute in float32 bfloat16 float16; do
   measure "time-$compute" where_time_goes.py --device cuda --compute "$compute" --json "$out/time-$compute.json"

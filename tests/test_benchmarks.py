@@ -59,7 +59,7 @@ def test_levels_that_run_as_one_batch_share_their_operators(monkeypatch: pytest.
     assert one > 100 and sixteen < 2 * one
 
 
-@pytest.mark.parametrize(("part", "count"), [([], 10), (["large"], 3)])
+@pytest.mark.parametrize(("part", "count"), [([], 11), (["large"], 3)])
 def test_what_runs_on_a_gpu_is_read_by_its_parsers(
     part: list[str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

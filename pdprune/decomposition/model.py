@@ -362,7 +362,9 @@ class DecomposedModel(nn.Module):
 
     def _call(self, parameters: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._compiled is not None and not has_hooks(self._target_modules):
-            return self._compiled(self.target, parameters, args, kwargs)
+            # All of them, whichever sites are masked: other names would be compiled anew.
+            everything = {name: own[key].detach() for name, own, key in self._target_parameters if own[key] is not None}
+            return self._compiled(self.target, everything | parameters, args, kwargs)
         if not parameters:
             return self.target(*args, **kwargs)
         return call(self.target, parameters, args, kwargs)
