@@ -42,7 +42,7 @@ def compiled_call(**options: Any) -> Call:
             with _known_warnings_silenced():
                 return compiled(target, parameters, args, kwargs)
         except TorchDynamoException as error:
-            why = " ".join(str(error).split())[:200]
+            why = " ".join(str(error).strip().split("\n\n")[0].split())[:200]  # then follows how to see more of it
             raise UserError(f"compile: {type(target).__name__} cannot be compiled here ({why}); run without") from error
 
     return run
