@@ -1,8 +1,11 @@
-"""Signals to stop: noted when they come, heeded between two steps, by all ranks after the same one.
+"""Signals to stop: in training noted when they come, heeded between two steps, by all ranks after the same one.
 
 Lightning's own handlers act wherever the signal happens to come. In the middle of a step the state is half old and half
 new, so that what SLURM's handler saves there cannot be gone on from exactly; and with several ranks the broadcast of
 the handler for SIGTERM may meet quite another message of a rank that is elsewhere.
+
+Outside of training there is nothing to save: what selects, audits or reports is made anew from the last checkpoint, to
+the same end. SIGTERM ends it as it ends any process, and so does SLURM's warning, once the job is queued again.
 """
 
 from __future__ import annotations
@@ -12,10 +15,13 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pdprune.ranks import Ranks
 
@@ -38,12 +44,10 @@ class StopSignals:
 
     def listen(self, trainer: Any) -> None:
         """Put noting in the place of Lightning's handlers, which it takes away itself when the fit is over."""
-        if threading.current_thread() is not threading.main_thread():
-            return  # only the main thread may set handlers, and Lightning has set none either
+        if not _may_set_handlers():
+            return  # Lightning has set none either
         self._noted.clear()
-        environment = trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            self._warning = environment.requeue_signal
+        self._warning = _warning_of(trainer)
         for number in (signal.SIGTERM, self._warning):
             if number is not None:
                 signal.signal(number, lambda received, frame: self._noted.add(received))
@@ -55,6 +59,47 @@ class StopSignals:
         if ranks.count > 1:
             noted = ranks.any(torch.tensor(noted, device=trainer.strategy.root_device)).tolist()
         self.stop, self.requeue = any(noted), noted[1]
+
+
+def end_when_warned(trainer: Any) -> None:
+    """Put ending in the place of Lightning's handler of SLURM's warning, which would save a checkpoint of its own."""
+    warning = _warning_of(trainer)
+    if warning is None or not _may_set_handlers():
+        return
+
+    def end(received: int, frame: Any) -> None:
+        signal.signal(received, signal.SIG_IGN)
+        if trainer.is_global_zero:
+            requeue_job()
+        raise SIGTERMException
+
+    signal.signal(warning, end)
+
+
+@contextmanager
+def ending_when_warned(trainer: Any) -> Iterator[None]:
+    """`end_when_warned` where no trainer runs, which would put back what was there before."""
+    warning = _warning_of(trainer)
+    before = None if warning is None else signal.getsignal(warning)
+    end_when_warned(trainer)
+    try:
+        yield
+    finally:
+        if warning is not None and _may_set_handlers():
+            signal.signal(warning, before)
+
+
+def _warning_of(trainer: Any) -> int | None:
+    """The signal that warns of a job's end, where that job is to be queued again."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return environment.requeue_signal
+    return None
+
+
+def _may_set_handlers() -> bool:
+    """Only the main thread may."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def requeue_job() -> None:

@@ -56,6 +56,7 @@ from pdprune.loggers import MetricsCsv
 from pdprune.progress import telling
 from pdprune.ranks import is_first_process, require_as_many_as_launched
 from pdprune.run_folder import FRONTIER_PAGE, REPORT_FILE, AtomicCheckpointIO, RunFolder, read_checkpoint
+from pdprune.signals import ending_when_warned
 from pdprune.tracking import Results, show_results
 
 if TYPE_CHECKING:
@@ -271,9 +272,10 @@ class PdpruneCLI(LightningCLI):
         if self._get(self.config, "trainer").fast_dev_run:
             return
         finish = getattr(model, "finish", None)
-        if finish is not None:
-            finish(datamodule=self.datamodule, folder=self.folder.path)
-        self._show_results(model, self._write_report(model))
+        with ending_when_warned(self.trainer):
+            if finish is not None:
+                finish(datamodule=self.datamodule, folder=self.folder.path)
+            self._show_results(model, self._write_report(model))
         if self.trainer.is_global_zero:
             self.folder.mark_finished()
             print(f"Results are in {self.folder.path}")

@@ -20,6 +20,8 @@ import yaml
 from forking import in_a_child, on_ranks
 from tiny_circuit import CONFIG, PROMPTS, network
 
+from pdprune import report
+from pdprune.circuits import pruning
 from pdprune.circuits.pruning import CircuitPruner
 from pdprune.decomposition.learning import ComponentLearner
 from pdprune.decomposition.saved import read_decomposition
@@ -224,10 +226,9 @@ def test_components_go_on_where_a_rank_was_killed(components: dict[str, Any]) ->
     assert_same(results(), components)
 
 
-def test_slurm_queues_a_job_again_that_it_is_about_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fit(*CIRCUIT) == 0
-    whole = results()
-    shutil.rmtree("runs")
+@pytest.fixture
+def asked_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """A job of SLURM's as a process sees it, and what it has asked SLURM for."""
     (tmp_path / "bin").mkdir()
     scontrol = tmp_path / "bin/scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
@@ -237,6 +238,33 @@ def test_slurm_queues_a_job_again_that_it_is_about_to_stop(tmp_path: Path, monke
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("SLURM_JOB_NAME", "circuit")
+    return lambda: (tmp_path / "asked").read_text()
+
+
+def warned_in(owner: Any, name: str, *args: str) -> int:
+    """How a command ends that SLURM warns as soon as this function is called."""
+
+    def run() -> int:
+        function = getattr(owner, name)
+
+        def interrupted(*given: Any, **named: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return function(*given, **named)
+
+        setattr(owner, name, interrupted)
+        return main([*args])
+
+    return in_a_child(run)
+
+
+def checkpoints_in(folder: str) -> list[str]:
+    return sorted(path.name for path in Path(folder).rglob("*.ckpt"))
+
+
+def test_slurm_queues_a_job_again_that_it_is_about_to_stop(asked_of_slurm: Callable[[], str]) -> None:
+    assert fit(*CIRCUIT) == 0
+    whole = results()
+    shutil.rmtree("runs")
 
     def warned() -> int:
         training_step = CircuitPruner.training_step
@@ -250,10 +278,32 @@ def test_slurm_queues_a_job_again_that_it_is_about_to_stop(tmp_path: Path, monke
         return fit(*CIRCUIT, "--ckpt_path", "last")
 
     assert in_a_child(warned) == 128 + signal.SIGTERM
-    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
-    assert sorted(path.name for path in Path("runs/here").rglob("*.ckpt")) == ["last.ckpt", "previous.ckpt"]
+    assert asked_of_slurm() == "requeue 4711\n"
+    assert checkpoints_in("runs/here") == ["last.ckpt", "previous.ckpt"]
+    # Warned again when the circuit is chosen, and when it is audited, and when its page is written.
+    for owner, name in ((CircuitPruner, "select_on"), (pruning, "audit_circuit"), (report, "write_report")):
+        assert warned_in(owner, name, "fit", *CIRCUIT, "--ckpt_path", "last") == 128 + signal.SIGTERM
+    assert asked_of_slurm() == 4 * "requeue 4711\n"
     assert fit(*CIRCUIT, "--ckpt_path", "last") == 0
     assert_same(results(), whole)
+
+
+@pytest.mark.parametrize(
+    ("command", "owner", "name"),
+    [
+        ("validate", CircuitPruner, "validated"),
+        ("test", pruning, "audit_circuit"),
+        ("predict", pruning, "prediction_records"),
+    ],
+)
+def test_slurm_queues_other_commands_again(
+    command: str, owner: Any, name: str, asked_of_slurm: Callable[[], str]
+) -> None:
+    assert fit(*CIRCUIT) == 0
+    assert warned_in(owner, name, command, *CIRCUIT) == 128 + signal.SIGTERM
+    assert asked_of_slurm() == "requeue 4711\n"
+    assert checkpoints_in("runs/here") == ["last.ckpt", "previous.ckpt"], "none of Lightning's own"
+    assert main([command, *CIRCUIT]) == 0
 
 
 @pytest.mark.parametrize(("failing", "told"), [(False, ""), (True, "SLURM job 4700_3 could not be queued again: no")])
