@@ -41,7 +41,7 @@ class Batch:
 
     raw: Any
     inputs: Inputs
-    labels: Int[Tensor, "B *P"] | None = None
+    labels: Int[Tensor, " B *P"] | None = None
     positions: Int[Tensor, "B P"] | Bool[Tensor, "B T"] | None = None
     choices: Int[Tensor, "B K"] | None = None
     counterfactual: Inputs | None = None

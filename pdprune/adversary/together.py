@@ -39,10 +39,10 @@ def how_many_at_once(model: DecomposedModel, tokens: int, *, exhaustive: bool) -
 
 def for_each(
     function: Callable[..., Tensor],
-    stacked: tuple[Float[Tensor, "R *rest"], ...],
+    stacked: tuple[Float[Tensor, " R *rest"], ...],
     at_once: int,
     model: DecomposedModel,
-) -> Float[Tensor, "R *out"]:
+) -> Float[Tensor, " R *out"]:
     """`function` of each row, as one batched run of `at_once` rows at a time.
 
     A target that cannot be batched (whose forward pass decides by what its tensors hold, say) is noticed at its first

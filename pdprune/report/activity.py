@@ -75,7 +75,7 @@ def peaks_of(
 
 def _parts(
     model: DecomposedModel, nodes: Sequence[int], batches: Sequence[Batch], reference: Mapping[str, Tensor] | None
-) -> Iterator[tuple[int, Float[Tensor, "b *T k"], Bool[Tensor, "b *T"]]]:
+) -> Iterator[tuple[int, Float[Tensor, "b *T k"], Bool[Tensor, " b *T"]]]:
     """Activations on some examples after others, with the number of the first of them, and where tokens count."""
     first = 0
     by_site = components_by_site(model, nodes)
