@@ -268,6 +268,9 @@ class PdpruneCLI(LightningCLI):
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Train, let the model write its results, and mark the run as finished."""
+        require_finishable = getattr(model, "require_finishable", None)
+        if require_finishable is not None:
+            require_finishable()
         self._run("fit", model, kwargs)
         if self._get(self.config, "trainer").fast_dev_run:
             return

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from forking import in_a_child
+from killed_selection import dying_at, numbers_scored
 from safetensors.torch import load_file
 from tiny_circuit import PROMPTS, network, write_material
 
@@ -95,6 +96,29 @@ def _fit_dying_before(name: str) -> int:
 
     os.replace = dying  # type: ignore[assignment]
     return fit()
+
+
+def test_too_weak_an_attack_is_refused_before_anything_is_learned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit("--model.attack.restarts", "1") == 2
+    assert "audit: got 1 restarts" in capsys.readouterr().err and not Path("runs").exists()
+
+
+def test_a_killed_selection_scores_nothing_twice(uninterrupted: dict[str, Any]) -> None:
+    assert in_a_child(lambda: dying_at(7, fit)) == -signal.SIGKILL
+    assert in_a_child(lambda: dying_at(3, lambda: fit("--ckpt_path", "last"))) == -signal.SIGKILL
+    numbers = numbers_scored(lambda: fit("--ckpt_path", "last"))
+    assert numbers[:3] == [9, 10, 11], "six circuits were scored, then two"
+    assert results() == uninterrupted
+    assert "selection" not in torch.load("runs/circuit/checkpoints/last.ckpt", weights_only=True)
+
+
+def test_what_a_selection_was_told_with_other_settings_is_not_believed() -> None:
+    other = ("--model.attack.draws", "2", "--model.selection.drop_scores", "5")
+    assert in_a_child(lambda: dying_at(7, fit)) == -signal.SIGKILL
+    assert numbers_scored(lambda: fit("--ckpt_path", "last", *other))[0] == 1
+    found = results()
+    assert fit(*other, "--overwrite") == 0
+    assert {**results(), "config.yaml": ""} == {**found, "config.yaml": ""}
 
 
 def test_validate_test_and_predict_a_finished_run(capsys: pytest.CaptureFixture[str]) -> None:

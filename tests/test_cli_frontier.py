@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from forking import in_a_child
+from killed_selection import dying_at, numbers_scored
 from tiny_circuit import CONFIG, write_material
 
 from pdprune import Audit, Circuit, Frontier
@@ -92,6 +93,20 @@ def test_killed_at_random_moments_and_resumed(uninterrupted: Path) -> None:
     assert -signal.SIGKILL in kills
     if 0 not in kills:
         assert fit("--ckpt_path", "last") == 0
+    assert files_of(FOLDER) == files_of(uninterrupted)
+
+
+def test_too_weak_an_attack_is_refused_before_anything_is_learned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit("--model.attack.restarts", "1") == 2
+    assert "audit: got 1 restarts" in capsys.readouterr().err and not Path("runs").exists()
+
+
+def test_a_killed_selection_scores_nothing_twice(uninterrupted: Path, tmp_path: Path) -> None:
+    first = numbers_scored(lambda: fit("--trainer.default_root_dir", str(tmp_path / "whole")))
+    of_level = [index for index, number in enumerate(first) if number == 1]  # a scorer each
+    in_the_second = of_level[1] + 3
+    assert in_a_child(lambda: dying_at(in_the_second + 1, fit)) == -signal.SIGKILL
+    assert numbers_scored(lambda: fit("--ckpt_path", "last")) == first[in_the_second:]
     assert files_of(FOLDER) == files_of(uninterrupted)
 
 

@@ -74,13 +74,13 @@ class KnownOutputs:
             seen, held = seen + batch.size, held + sum(known.scored.nbytes for known in found)
             if held * total > limit * seen:
                 return None
-            examples.update(zip(_keys(batch), found, strict=True))
+            examples.update(zip(keys_of(batch), found, strict=True))
             reached(seen / total)
         return cls(examples)
 
     def on(self, batch: Batch) -> Float[Tensor, "B *T V"] | None:
         """The target's output for a batch, 0 where it is not scored; None if one of its examples is not known."""
-        found = [known for key in _keys(batch) if (known := self.examples.get(key)) is not None]
+        found = [known for key in keys_of(batch) if (known := self.examples.get(key)) is not None]
         if len(found) < batch.size:
             return None
         shape, rows = found[0]
@@ -106,7 +106,7 @@ def _is_whole(shape: torch.Size, batch: Batch) -> bool:
     return len(shape) != 2 or (batch.positions is None and batch.attention_mask is None)
 
 
-def _keys(batch: Batch) -> Iterator[bytes]:
+def keys_of(batch: Batch) -> Iterator[bytes]:
     """A key an example: all that decides what the target answers, and where it is scored."""
     rows, shared = [], hashlib.blake2b(digest_size=16)
     for value in _leaves([batch.inputs, batch.positions]):

@@ -127,8 +127,8 @@ def audit(
     """
     require_gradients("audit")
     plan = _Plan.checked(Ascent(steps, step_size, restarts), search, ladder, second_attack, seed)
-    _require_at_least(1, draws=draws)
-    _require_at_least(0, random_circuits=random_circuits, max_ablated=max_ablated)
+    require_at_least(1, draws=draws)
+    require_at_least(0, random_circuits=random_circuits, max_ablated=max_ablated)
     gates = as_gates(keep, model)
     if isinstance(keep, Circuit):
         scheme = scheme or keep.scheme
@@ -440,6 +440,30 @@ def _group_losses(game: Game, reading: _Reading) -> Float[Tensor, " G"]:
 # -- the attack ------------------------------------------------------------------------------------------------------
 
 
+def require_strong(attack: Ascent) -> None:
+    """Refuse an attack that is too weak for its outcome to mean anything.
+
+    Raises:
+        UserError: it has less than the least budget of an audit.
+    """
+    reach, floor_reach = attack.steps * attack.step_size, FLOOR.steps * FLOOR.step_size
+    if attack.restarts < FLOOR.restarts or attack.steps < FLOOR.steps or reach < floor_reach - 1e-9:
+        raise UserError(
+            f"audit: got {attack.restarts} restarts of {attack.steps} steps of {attack.step_size}; expected at least "
+            f"{FLOOR.restarts} restarts, {FLOOR.steps} steps, and steps × step_size of {floor_reach:g}"
+        )
+
+
+def require_ladder(rungs: Sequence[int], name: str = "ladder") -> None:
+    """Refuse budgets that are none.
+
+    Raises:
+        UserError: one of them is less than one step.
+    """
+    if any(rung < 1 for rung in rungs):
+        raise UserError(f"{name}: got {list(rungs)}; expected numbers of steps, 1 or more")
+
+
 @dataclass(frozen=True)
 class _Plan:
     """Which attacks follow one another, each starting from what the last one found."""
@@ -452,17 +476,10 @@ class _Plan:
 
     @classmethod
     def checked(cls, first: Ascent, search: Search, ladder: Sequence[int], second_attack: bool, seed: int) -> _Plan:
-        """Refuse an attack that is too weak for its outcome to mean anything."""
-        reach, floor_reach = first.steps * first.step_size, FLOOR.steps * FLOOR.step_size
-        if first.restarts < FLOOR.restarts or first.steps < FLOOR.steps or reach < floor_reach - 1e-9:
-            raise UserError(
-                f"audit: got {first.restarts} restarts of {first.steps} steps of {first.step_size}; expected at least "
-                f"{FLOOR.restarts} restarts, {FLOOR.steps} steps, and steps × step_size of {floor_reach:g}"
-            )
+        require_strong(first)
         if search not in get_args(Search):
             raise UserError(f"search: got {search!r}; expected one of {', '.join(get_args(Search))}")
-        if any(rung < 1 for rung in ladder):
-            raise UserError(f"ladder: got {list(ladder)}; expected numbers of steps, 1 or more")
+        require_ladder(ladder)
         return cls(first, search, tuple(ladder), second_attack, seed)
 
     @property
@@ -689,7 +706,12 @@ def _below(value: float | None, bound: float | None) -> bool | None:
     return None if value is None or bound is None else value < bound
 
 
-def _require_at_least(least: int, **values: int | None) -> None:
+def require_at_least(least: int, **values: int | None) -> None:
+    """Refuse numbers that are too small.
+
+    Raises:
+        UserError: for the first of them.
+    """
     for name, value in values.items():
         if value is not None and value < least:
             raise UserError(f"{name}: got {value}; expected {least} or more")

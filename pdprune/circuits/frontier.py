@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from pdprune.batches import as_batch
 from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.findings import Audit
 from pdprune.circuits.frontier_curve import Frontier, level_folder, load_level
+from pdprune.circuits.journal import Journal
 from pdprune.circuits.pruning import (
     AuditedData,
     AuditSettings,
@@ -270,6 +272,10 @@ class FrontierPruner(LightningModule):
                     pruner.select_on_aloud(losses[id(pruner.reference)])
                 after_each()
 
+    def require_finishable(self) -> None:
+        """As of a single run; the attack is the same for all levels."""
+        next(iter(self.levels.values())).require_finishable()
+
     def finish(self, datamodule: AuditedData, folder: Path) -> None:
         """Write the circuits, their audits and the frontier into the run folder; the last thing that `fit` does.
 
@@ -280,7 +286,10 @@ class FrontierPruner(LightningModule):
             return
         self.to(self.trainer.strategy.root_device)  # which Lightning has just moved it away from
         with computing_in(self.audit.compute, self.device):
-            self._select(datamodule, lambda: save_checkpoint_alone(self.trainer, RunFolder(folder).last))
+            save = partial(save_checkpoint_alone, self.trainer, RunFolder(folder).last)
+            for pruner in self.levels.values():
+                pruner.save_journal = save
+            self._select(datamodule, save)
             self._write_audited(datamodule, folder, self.audit, again=False)
 
     def _write_audited(self, data: AuditedData, folder: Path, settings: AuditSettings, *, again: bool) -> Frontier:
@@ -357,6 +366,13 @@ class FrontierPruner(LightningModule):
         checkpoint["pdprune"] = self._identity()
         selected = [pruner.selected for pruner in self.levels.values()]
         checkpoint["selected_levels"] = [None if one is None else asdict(one) for one in selected]
+        going_on = {
+            name: asdict(pruner.journal)
+            for name, pruner in self.levels.items()
+            if pruner.selected is None and pruner.journal is not None
+        }
+        if going_on:
+            checkpoint["selection_of_levels"] = going_on
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse gates of another model, or of other levels.
@@ -367,6 +383,8 @@ class FrontierPruner(LightningModule):
         require_identity(checkpoint, self._identity())
         for pruner, selected in zip(self.levels.values(), checkpoint["selected_levels"], strict=True):
             pruner.selected = None if selected is None else Selected(**selected)
+        for name, journal in checkpoint.get("selection_of_levels", {}).items():
+            self.levels[name].journal = Journal(**journal)
 
     def _identity(self) -> dict[str, Any]:
         first = next(iter(self.levels.values()))

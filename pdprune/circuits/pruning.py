@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
@@ -21,12 +22,13 @@ from pdprune.adversary.known_outputs import KnownOutputs
 from pdprune.adversary.objective import MaskedLoss, Reference, ReferenceKind, masked_losses
 from pdprune.adversary.opponent import Opponent, TrainingAdversary
 from pdprune.batches import Batch, as_batch, as_batches
-from pdprune.circuits.audit import Audit
+from pdprune.circuits.audit import Audit, require_at_least, require_ladder, require_strong
 from pdprune.circuits.audit import audit as audit_circuit
 from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.exhaustive import can_be_exhaustive, select_exhaustively
 from pdprune.circuits.gates import GateMap, HardConcrete, Heaviside, LeakyHardSigmoid, Sparsity
 from pdprune.circuits.hypotheses import HypothesisSettings
+from pdprune.circuits.journal import Journal, JournaledScorer, fingerprint_of
 from pdprune.circuits.predictions import prediction_records
 from pdprune.circuits.results import circuit_results, summary_of
 from pdprune.circuits.schemes import Draws, SchemeName, Scorer, scorer
@@ -105,6 +107,10 @@ class AuditSettings:
 
     def __post_init__(self) -> None:
         require_compute("audit: compute", self.compute)
+        require_at_least(1, **{"audit: draws": self.draws})
+        require_at_least(0, **{"audit: random_circuits": self.random_circuits})
+        require_ladder(self.ladder, "audit: ladder")
+        require_ladder(self.test_ladder, "audit: test_ladder")
 
     def longer(self) -> AuditSettings:
         """What the command `test` checks: the ladder of budgets, the second attack, every removal."""
@@ -258,6 +264,8 @@ class CircuitPruner(LightningModule):
         self.gate_map = GATE_MAPS[learning.gate_map]
         self.model = decomposition if isinstance(decomposition, DecomposedModel) else decomposition.load()
         self.selected: Selected | None = None
+        self.journal: Journal | None = None
+        self.save_journal: Callable[[], None] | None = None
         self._found_elsewhere: Circuit | None = None
         self._scored_all = False
         self._reference: Reference | None = None
@@ -400,7 +408,7 @@ class CircuitPruner(LightningModule):
         """What follows a step of the optimiser."""
         self._loss_scale.after_step()
         self._remember_gates()
-        self.selected = None
+        self.selected, self.journal = None, None
 
     def shared_loss(self, batch: Batch, step: int) -> MaskedLoss:
         """The loss of a training batch, of which `batch` is this rank's share."""
@@ -527,8 +535,8 @@ class CircuitPruner(LightningModule):
         return self.search == "exact" or (automatic and can_be_exhaustive(losses, self.scheme, self.scope, self.draws))
 
     def _select_by_ranking(self, losses: Sequence[MaskedLoss], report: Report) -> Selected:
-        scores = self.scorer(losses)
         ranking = self.openness
+        scores = self._journaled(self.scorer(losses), ranking, losses)
         if self.goal.target_loss is not None:
             return select_for_loss(
                 ranking,
@@ -541,6 +549,17 @@ class CircuitPruner(LightningModule):
         if self.goal.target_nodes is not None:
             return select_for_size(ranking, scores, self.goal.target_nodes, selection=self.selection, report=report)
         return select_open_gates(self.gates(), scores)
+
+    def _journaled(self, scores: Scorer, ranking: Tensor, losses: Sequence[MaskedLoss]) -> Scorer:
+        """The scorer with what an earlier, stopped selection of the same circuit was told; from Python as it is."""
+        if self.save_journal is None:
+            return scores
+        settings = [getattr(self, name) for name in ANSWERS_FOLLOW_FROM]
+        loss = getattr(self.loss, "__qualname__", self.loss)
+        about = fingerprint_of(ranking, losses, loss, settings, self.adversary.max_ablated, self.audit.compute)
+        if self.journal is None or self.journal.about != about:
+            self.journal = Journal(about)
+        return JournaledScorer(scores, self.journal, self.save_journal)
 
     def scorer(self, losses: Sequence[MaskedLoss]) -> Scorer:
         """The scheme that the gates learn under, as a judge of binary circuits."""
@@ -583,6 +602,14 @@ class CircuitPruner(LightningModule):
 
     # -- what the command line asks for ----------------------------------------------------------------------------
 
+    def require_finishable(self) -> None:
+        """Refuse, before anything is learned, what `finish` would refuse.
+
+        Raises:
+            UserError: an attack that is too weak for an audit.
+        """
+        require_strong(self.attack)
+
     def finish(self, datamodule: AuditedData, folder: Path) -> None:
         """Write the circuit and its audit into the run folder; the last thing that `fit` does.
 
@@ -594,6 +621,7 @@ class CircuitPruner(LightningModule):
         self.to(self.trainer.strategy.root_device)  # which Lightning has just moved it away from
         with computing_in(self.audit.compute, self.device):
             if self.selected is None:
+                self.save_journal = partial(save_checkpoint_alone, self.trainer, RunFolder(folder).last)
                 self._select_aloud(datamodule)
                 save_checkpoint_alone(self.trainer, RunFolder(folder).last)
             self.write_audited(datamodule, folder, self.audit)
@@ -704,6 +732,8 @@ class CircuitPruner(LightningModule):
         checkpoint["pdprune"] = self.identity()
         if self.selected is not None:
             checkpoint["selected"] = asdict(self.selected)
+        elif self.journal is not None:
+            checkpoint["selection"] = asdict(self.journal)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse gates of another model.
@@ -714,6 +744,8 @@ class CircuitPruner(LightningModule):
         require_identity(checkpoint, self.identity())
         if "selected" in checkpoint:
             self.selected = Selected(**checkpoint["selected"])
+        if "selection" in checkpoint:
+            self.journal = Journal(**checkpoint["selection"])
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must be of."""
@@ -760,6 +792,9 @@ def _check_choice(name: str, value: str, choices: Any) -> None:
 
 RANKING_MEMORY = 0.97
 """What a node is ranked by is its gate averaged over about the last `1 / (1 − this)` keep steps."""
+
+ANSWERS_FOLLOW_FROM = "scheme", "scope", "norm_scales", "reference_kind", "draws", "attack", "selection", "goal", "seed"
+"""Settings that decide, with the data, what a selection asks and is told."""
 
 DISPLAY_EVERY = 10
 """Keep steps between two looks at the loss under each scheme."""

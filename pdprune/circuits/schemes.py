@@ -7,9 +7,9 @@ again, and what is asked in the same order is answered alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from jaxtyping import Float
@@ -147,6 +147,19 @@ class AdversarialScorer:
             if stop_above is not None and mean > stop_above:
                 break
         return mean
+
+    def memory(self) -> dict[str, Any]:
+        """What later scores follow from."""
+        return {"asked": self._asked, "pools": dict(self._pools)}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Go on as the scorer that this is the memory of."""
+        device = self.losses[0].model.delta_sites.device
+        self._asked = memory["asked"]
+        self._pools = {
+            index: [(entries.to(device), free.to(device)) for entries, free in pool]
+            for index, pool in memory["pools"].items()
+        }
 
     def _floors(self, games: Sequence[Game]) -> Sequence[float]:
         """The loss of each game with nothing ablated, whatever the circuit: what its worst case is at least."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pdprune.adversary.attack import Ascent
 from pdprune.adversary.opponent import TrainingAdversary
-from pdprune.circuits.pruning import CircuitPruner, Learning
+from pdprune.circuits.pruning import AuditSettings, CircuitPruner, Learning
 from pdprune.claims.planted.handmade import Puzzle, cancelling_sets, redundant_routes
 from pdprune.decomposition import DecomposedModel
 from pdprune.errors import NonFiniteLossError, UserError
@@ -258,3 +258,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 def test_unknown_gate_maps_are_refused() -> None:
     with pytest.raises(UserError, match="expected one of leaky_hard, hard_concrete, heaviside"):
         Learning(gate_map="sigmoid")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"draws": 0}, "audit: draws: got 0; expected 1 or more"),
+        ({"random_circuits": -1}, "audit: random_circuits: got -1; expected 0 or more"),
+        ({"ladder": (20, 0)}, r"audit: ladder: got \[20, 0\]; expected numbers of steps"),
+        ({"test_ladder": (0,)}, r"audit: test_ladder: got \[0\]; expected numbers of steps"),
+    ],
+)
+def test_an_audit_that_cannot_be_is_refused_before_anything_is_learned(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        AuditSettings(**settings)
