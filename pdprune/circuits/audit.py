@@ -34,7 +34,7 @@ from pdprune.circuits.findings import (
 from pdprune.circuits.hypotheses import HypothesisSettings, check_hypotheses, cost_of
 from pdprune.circuits.matched import interchangeable_nodes, permuted_within, reordered
 from pdprune.decomposition import DecomposedModel
-from pdprune.errors import NonFiniteLossError, UserError, require_gradients
+from pdprune.errors import NonFiniteLossError, UserError, require_at_least, require_gradients
 from pdprune.losses import (
     LossFunction,
     answers,
@@ -704,14 +704,3 @@ def _split(game: Game, entries: Tensor) -> tuple[Tensor, Tensor]:
 
 def _below(value: float | None, bound: float | None) -> bool | None:
     return None if value is None or bound is None else value < bound
-
-
-def require_at_least(least: int, **values: int | None) -> None:
-    """Refuse numbers that are too small.
-
-    Raises:
-        UserError: for the first of them.
-    """
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise UserError(f"{name}: got {value}; expected {least} or more")

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pdprune.decomposition.importances import lower_leaky, upper_leaky
+from pdprune.errors import UserError, require_above, require_share
 
 Parameters = Float[Tensor, "*lead n"]
 Gates = Float[Tensor, "*lead n"]
@@ -143,6 +144,12 @@ class Sparsity:
     start: float = 1.0
     end: float = 0.3
     annealed_at: float = 0.7
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("l0", "lp", "smooth_l0"):
+            raise UserError(f"sparsity: kind is {self.kind!r}; expected l0, lp or smooth_l0")
+        require_above(0, "sparsity: ", start=self.start, end=self.end)
+        require_share("sparsity: ", annealed_at=self.annealed_at)
 
     def __call__(self, presence: Gates, progress: float) -> Float[Tensor, ""]:
         """The mean over nodes (and positions) at `progress` ∈ [0,1] of the run."""

@@ -22,7 +22,7 @@ from pdprune.adversary.known_outputs import KnownOutputs
 from pdprune.adversary.objective import MaskedLoss, Reference, ReferenceKind, masked_losses
 from pdprune.adversary.opponent import Opponent, TrainingAdversary
 from pdprune.batches import Batch, as_batch, as_batches
-from pdprune.circuits.audit import Audit, require_at_least, require_ladder, require_strong
+from pdprune.circuits.audit import Audit, require_ladder, require_strong
 from pdprune.circuits.audit import audit as audit_circuit
 from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.exhaustive import can_be_exhaustive, select_exhaustively
@@ -45,7 +45,7 @@ from pdprune.circuits.warm_start import mean_importances
 from pdprune.decomposition import DecomposedModel
 from pdprune.decomposition.norms import NormScaling
 from pdprune.decomposition.settings import Decomposition
-from pdprune.errors import NonFiniteLossError, UserError
+from pdprune.errors import NonFiniteLossError, UserError, require_above, require_at_least
 from pdprune.losses import LossFunction, loss_function, loss_name
 from pdprune.precision import Compute, LossScale, computing_in, require_compute, require_float32_parameters
 from pdprune.progress import telling
@@ -107,8 +107,8 @@ class AuditSettings:
 
     def __post_init__(self) -> None:
         require_compute("audit: compute", self.compute)
-        require_at_least(1, **{"audit: draws": self.draws})
-        require_at_least(0, **{"audit: random_circuits": self.random_circuits})
+        require_at_least(1, "audit: ", draws=self.draws)
+        require_at_least(0, "audit: ", random_circuits=self.random_circuits)
         require_ladder(self.ladder, "audit: ladder")
         require_ladder(self.test_ladder, "audit: test_ladder")
 
@@ -170,6 +170,8 @@ class Learning:
     aim: float = 0.9
 
     def __post_init__(self) -> None:
+        require_above(0, "learning: ", lr=self.lr, aim=self.aim)
+        require_at_least(0, "learning: ", dual_rate=self.dual_rate, dual_gain=self.dual_gain)
         if self.gate_map not in GATE_MAPS:
             raise UserError(f"gate_map: got {self.gate_map!r}; expected one of {', '.join(GATE_MAPS)}")
 

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pdprune.circuits.schemes import SchemeName, Scorer, SmoothScorer
+from pdprune.errors import require_at_least
 from pdprune.progress import part, span
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,9 @@ class Selection:
 
     drop_scores: int | None = None
     swap_scores: int = 200
+
+    def __post_init__(self) -> None:
+        require_at_least(0, "selection: ", drop_scores=self.drop_scores, swap_scores=self.swap_scores)
 
     def budget(self, n_kept: int) -> int:
         return self.drop_scores if self.drop_scores is not None else min(2 * n_kept, 800)

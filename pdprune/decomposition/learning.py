@@ -45,7 +45,7 @@ from pdprune.decomposition.model import DecomposedModel
 from pdprune.decomposition.reconstruction import at_all_sites, in_subsets, site_by_site
 from pdprune.decomposition.saved import read_decomposition, save_decomposition
 from pdprune.decomposition.trainable import faithfulness, settled, trainable
-from pdprune.errors import NonFiniteLossError, UserError
+from pdprune.errors import NonFiniteLossError, UserError, require_above, require_at_least
 from pdprune.files import read_json, write_atomically
 from pdprune.losses import LossFunction, loss_function, loss_name
 from pdprune.metrics import MATTERS
@@ -97,6 +97,10 @@ class WarmUp:
     steps: int = 200
     lr: float = 1e-2
     weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_at_least(0, "warm-up: ", steps=self.steps, weight_decay=self.weight_decay)
+        require_above(0, "warm-up: ", lr=self.lr)
 
 
 @dataclass(frozen=True)

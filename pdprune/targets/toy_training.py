@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from pdprune.batches import as_batch
-from pdprune.errors import UserError
+from pdprune.errors import UserError, require_above, require_at_least
 from pdprune.files import write_atomically
 from pdprune.ranks import Ranks, require_whole_model
 from pdprune.targets.representation import representation
@@ -54,6 +54,8 @@ class ToyTrainer(LightningModule):
             raise UserError(f"toy training: schedule is {schedule!r}, expected 'constant' or 'cosine'")
         if not 0 <= warmup < 1:
             raise UserError(f"toy training: warmup is {warmup}, expected a share of the steps, 0 <= warmup < 1")
+        require_above(0, "toy training: ", lr=lr)
+        require_at_least(0, "toy training: ", weight_decay=weight_decay)
         self.hparams.update(
             network=type(network).__name__,
             sizes=asdict(network.config),

@@ -17,7 +17,7 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from pdprune.errors import UserError
+from pdprune.errors import UserError, require_above, require_at_least, require_share
 from pdprune.ranks import Ranks, require_whole_model
 from pdprune.targets.store import save_target
 from pdprune.targets.transformer import Transformer, TransformerConfig
@@ -75,6 +75,9 @@ class TargetTrainer(LightningModule):
         final_lr: float = 0.02,
     ) -> None:
         super().__init__()
+        require_above(0, "target training: ", lr=lr)
+        require_at_least(0, "target training: ", weight_decay=weight_decay)
+        require_share("target training: ", warmup=warmup, final_lr=final_lr)
         self.hparams.update(
             model=asdict(model),
             sparsity=asdict(sparsity) if sparsity else None,

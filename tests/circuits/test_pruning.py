@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from pdprune.adversary.attack import Ascent
 from pdprune.adversary.opponent import TrainingAdversary
+from pdprune.circuits.gates import Sparsity
 from pdprune.circuits.pruning import AuditSettings, CircuitPruner, Learning
+from pdprune.circuits.selection import Selection
 from pdprune.claims.planted.handmade import Puzzle, cancelling_sets, redundant_routes
 from pdprune.decomposition import DecomposedModel
 from pdprune.errors import NonFiniteLossError, UserError
@@ -261,14 +263,24 @@ def test_unknown_gate_maps_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "given", "says"),
     [
-        ({"draws": 0}, "audit: draws: got 0; expected 1 or more"),
-        ({"random_circuits": -1}, "audit: random_circuits: got -1; expected 0 or more"),
-        ({"ladder": (20, 0)}, r"audit: ladder: got \[20, 0\]; expected numbers of steps"),
-        ({"test_ladder": (0,)}, r"audit: test_ladder: got \[0\]; expected numbers of steps"),
+        (AuditSettings, {"draws": 0}, "audit: draws: got 0; expected 1 or more"),
+        (AuditSettings, {"random_circuits": -1}, "audit: random_circuits: got -1; expected 0 or more"),
+        (AuditSettings, {"ladder": (20, 0)}, r"audit: ladder: got \[20, 0\]; expected numbers of steps"),
+        (AuditSettings, {"test_ladder": (0,)}, r"audit: test_ladder: got \[0\]; expected numbers of steps"),
+        (Learning, {"lr": -1.0}, "learning: lr: got -1.0; expected more than 0"),
+        (Learning, {"lr": float("nan")}, "learning: lr: got nan; expected more than 0"),
+        (Learning, {"aim": 0.0}, "learning: aim: got 0.0; expected more than 0"),
+        (Learning, {"dual_rate": -0.1}, "learning: dual_rate: got -0.1; expected 0 or more"),
+        (Selection, {"drop_scores": -1}, "selection: drop_scores: got -1; expected 0 or more"),
+        (Sparsity, {"kind": "l2"}, "sparsity: kind is 'l2'; expected l0, lp or smooth_l0"),
+        (Sparsity, {"end": 0.0}, "sparsity: end: got 0.0; expected more than 0"),
+        (Sparsity, {"annealed_at": 1.5}, "sparsity: annealed_at: got 1.5; expected a share"),
     ],
 )
-def test_an_audit_that_cannot_be_is_refused_before_anything_is_learned(settings: dict[str, Any], says: str) -> None:
+def test_settings_that_cannot_be_are_refused_before_anything_is_learned(
+    settings: Any, given: dict[str, Any], says: str
+) -> None:
     with pytest.raises(UserError, match=says):
-        AuditSettings(**settings)
+        settings(**given)
