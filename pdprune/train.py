@@ -187,13 +187,19 @@ class PdpruneCLI(LightningCLI):
         """Turn whatever is wrong with the configuration of `args`, or refused by a constructor, into a `UserError`."""
         try:
             yield
-        except (argparse.ArgumentError, OmegaConfBaseException, ValueError, OSError) as error:
+        except (argparse.ArgumentError, OmegaConfBaseException, ValueError, OSError, ModuleNotFoundError) as error:
             if (known := _user_error_behind(error)) is not None:
                 raise known from error
             command = args[0] if args and args[0] in COMMANDS else None
             flags = self._subcommand_parsers[command]._option_string_actions if command else ()
             keys = [flag[2:] for flag in flags if flag.startswith("--") and flag not in ("--help", "--print_config")]
             raise UserError(explain(error, Given(command, keys, self._configs))) from error
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"seed_everything: {error}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the stock command line lets hyper-parameters in the checkpoint win over config and flags."""

@@ -275,6 +275,8 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         ("--model.size 0", "size: got 0; expected at least 1"),
         ("--data.empty true", "data: there are no prompts; expected at least one"),
         ("--trainer.accelerator tpuu", "accelerator"),
+        ("--trainer.accelerator tpu", "Requirement 'torch_xla"),
+        ("--seed_everything -1", "seed_everything: -1 is not in bounds"),
         ("--checkpoint.every_n_steps 0", "checkpoint.every_n_steps"),
         ("--ckpt_path missing.ckpt", "checkpoint missing.ckpt does not exist"),
         ("--ckpt_path toy.yaml", "checkpoint toy.yaml cannot be read"),
