@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pdprune.errors import UserError
 
-Call = Callable[[nn.Module, Mapping[str, Tensor], tuple[Any, ...], Mapping[str, Any]], Any]
-"""Runs a target with some tensors in place of its own parameters."""
+MOST_KINDS = 64
+"""Kinds of arguments (shapes, with or without gradients, precisions) that are compiled; others run as they are."""
 
 
 def call(target: nn.Module, parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -21,42 +21,72 @@ def call(target: nn.Module, parameters: Mapping[str, Tensor], args: tuple[Any, .
     return torch.func.functional_call(target, dict(parameters), args, dict(kwargs), tie_weights=False)
 
 
-def compiled_call(**options: Any) -> Call:
-    """`call`, compiled anew for every kind of arguments.
+class CompiledCall:
+    """`call`, compiled for every kind of arguments when it is first met.
+
+    Copied or sent elsewhere, it is compiled anew.
 
     Args:
+        device: where to find out whether anything can be compiled at all.
         options: of `torch.compile`.
 
-    Raises (from the first call of a kind):
-        UserError: the target cannot be compiled here.
+    Raises:
+        UserError: nothing can be compiled here: for want of a compiler, say.
     """
-    with _known_warnings_silenced():
-        compiled = torch.compile(call, **options)
 
-    def run(
-        target: nn.Module, parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    def __init__(self, device: torch.device, options: dict[str, Any]) -> None:
+        self.options = options
+        _silence_compiler()
+        self._compiled = self._compile(call)
+        _told_in_one_line("nothing can", self._compile(_plus_one), torch.zeros(2, device=device))
+
+    def __call__(
+        self, target: nn.Module, parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        from torch._dynamo.exc import TorchDynamoException  # loads what only compiling needs
+        """What `call` gives.
 
-        try:
-            with _known_warnings_silenced():
-                return compiled(target, parameters, args, kwargs)
-        except TorchDynamoException as error:
-            why = " ".join(str(error).strip().split("\n\n")[0].split())[:200]  # then follows how to see more of it
-            raise UserError(f"compile: {type(target).__name__} cannot be compiled here ({why}); run without") from error
+        Raises:
+            UserError: the target cannot be compiled.
+        """
+        return _told_in_one_line(f"{type(target).__name__} cannot", self._compiled, target, parameters, args, kwargs)
 
-    return run
+    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        # PyTorch counts what it has compiled by the function's code: with a copy of it a model has a count of its own.
+        assert isinstance(function, FunctionType)
+        own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        return torch.compile(own, **self.options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.options = state["options"]
+        self._compiled = self._compile(call)
 
 
-@contextmanager
-def _known_warnings_silenced() -> Iterator[None]:
-    """The compiler looks for gradients on folded weights, and loads old modules of its own."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
-        yield
+def _told_in_one_line(what: str, compiled: Callable[..., Any], *args: Any) -> Any:
+    """Call what is compiled, and say why that fails."""
+    from torch._dynamo import config  # loads what only compiling needs
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        with config.patch(cache_size_limit=MOST_KINDS):
+            return compiled(*args)
+    except TorchDynamoException as error:
+        why = " ".join(str(error).strip().split("\n\n")[0].split())[:200]  # then follows how to see more of it
+        raise UserError(f"compile: {what} be compiled here ({why}); run without") from error
 
 
 def has_hooks(modules: Iterable[nn.Module]) -> bool:
     """Whether something listens to the modules, or answers for them: what is compiled may not notice a new hook."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+def _plus_one(x: Tensor) -> Tensor:
+    return x + 1
+
+
+def _silence_compiler() -> None:
+    """The compiler looks for gradients on folded weights, and loads old modules of its own."""
+    warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings("ignore", r"`torch\.jit\..*is deprecated", DeprecationWarning)

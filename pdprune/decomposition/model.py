@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from pdprune.decomposition.building import Node, build
-from pdprune.decomposition.compiled import Call, call, compiled_call, has_hooks
+from pdprune.decomposition.compiled import CompiledCall, call, has_hooks
 from pdprune.decomposition.folding import SiteMask, fold, masked_per_token, terms_added
 from pdprune.decomposition.norms import norms_frozen, norms_of, scale_of
 from pdprune.decomposition.sites import EMBEDDING, Site, at_least_float32
@@ -79,7 +79,7 @@ class DecomposedModel(nn.Module):
         self.recipe: str | None = None
         self.importances: CausalImportances | None = None
         self.can_batch = True
-        self._compiled: Call | None = None
+        self._compiled: CompiledCall | None = None
         self.site_list = nn.ModuleList(sites)
         self.sites = {site.name: site for site in sites}
         self.site_names = list(self.sites)
@@ -174,10 +174,10 @@ class DecomposedModel(nn.Module):
         Args:
             options: of `torch.compile`.
 
-        Raises (from the first pass of a kind):
-            UserError: the target cannot be compiled here: for want of a compiler, say.
+        Raises:
+            UserError: nothing can be compiled here; or, from the first pass of a kind, the target cannot be.
         """
-        self._compiled = compiled_call(**options)
+        self._compiled = CompiledCall(self.delta_sites.device, options)
 
     def forward(
         self,

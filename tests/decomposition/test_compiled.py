@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -120,17 +123,65 @@ def test_several_masks_as_one_batch(eager: DecomposedModel, compiled: Decomposed
     torch.testing.assert_close(torch.vmap(lambda mask: compiled(IDS, mask))(masks), one_by_one)
 
 
-def test_why_it_cannot_be_compiled_is_said_in_one_line() -> None:
+def test_why_nothing_can_be_compiled_is_said_in_one_line_and_at_once() -> None:
     def broken(traced: Any, examples: Any) -> Any:
         raise RuntimeError("no C++ compiler\nwas found")
 
-    model = made()
-    model.compile(backend=broken)
     with pytest.raises(
-        UserError, match=r"compile: SmallLM cannot be compiled here .*no C\+\+ compiler was found"
+        UserError, match=r"compile: nothing can be compiled here .*no C\+\+ compiler was found"
     ) as found:
+        made().compile(backend=broken)
+    assert "\n" not in str(found.value)
+
+
+def test_why_the_target_cannot_be_compiled_is_said_in_one_line() -> None:
+    def picky(traced: Any, examples: Any) -> Any:
+        if len(examples) > 1:
+            raise RuntimeError("too much")
+        return traced.forward
+
+    model = made()
+    model.compile(backend=picky)
+    with pytest.raises(UserError, match=r"compile: SmallLM cannot be compiled here .*too much") as found:
         answers(model, IDS)
     assert "\n" not in str(found.value)
+
+
+def test_models_do_not_share_what_may_be_compiled(backend: Counting) -> None:
+    for _ in range(10):  # more than PyTorch compiles of one function
+        model, passes = made(), backend.passes
+        model.compile(backend=backend)
+        answers(model, IDS)
+        assert backend.passes == passes + 2, "one to find out, one that answers"
+
+
+def test_many_kinds_of_passes_are_compiled(compiled: DecomposedModel, backend: Counting) -> None:
+    for precision in (torch.float32, torch.bfloat16):
+        for ids in (IDS, IDS[:2], IDS[:1], IDS[:, :3], IDS[:1, :1]):
+            for gradients in (False, True):
+                passes = backend.passes
+                half = torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16)
+                with half, torch.set_grad_enabled(gradients):
+                    compiled(ids, torch.ones(compiled.n_nodes))
+                assert backend.passes == passes + 1
+
+
+def test_copies_are_compiled_as_well(compiled: DecomposedModel, backend: Counting) -> None:
+    expected = answers(compiled, IDS)
+    copied = copy.deepcopy(compiled)
+    torch.testing.assert_close(answers(copied, IDS), expected)
+    assert copied._compiled is not None and copied._compiled.options["backend"].passes > backend.passes
+    compiled.compile(backend="aot_eager")
+    torch.testing.assert_close(answers(pickle.loads(pickle.dumps(compiled)), IDS), expected)
+
+
+def test_warnings_are_still_given_once(compiled: DecomposedModel) -> None:
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            warnings.warn("once", UserWarning, stacklevel=1)
+            compiled(IDS)
+    assert [str(one.message) for one in given] == ["once"]
 
 
 def test_it_is_asked_for_beside_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,11 +195,10 @@ def test_it_is_asked_for_beside_the_target(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_real_compiler_gives_the_same_but_for_rounding() -> None:
     target = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)).double().requires_grad_(False)
     eager, compiled = decompose(target, "*", "svd"), decompose(target, "*", "svd")
-    compiled.compile()
-    x = torch.linspace(-1, 1, 15).double().reshape(5, 3)
-    mask = torch.linspace(0, 1, eager.n_nodes).double()
     try:
-        found = compiled(x, mask)
+        compiled.compile()
     except UserError as error:
         pytest.skip(f"nothing to compile with: {error}")
-    torch.testing.assert_close(found, eager(x, mask))
+    x = torch.linspace(-1, 1, 15).double().reshape(5, 3)
+    mask = torch.linspace(0, 1, eager.n_nodes).double()
+    torch.testing.assert_close(compiled(x, mask), eager(x, mask))
