@@ -90,8 +90,8 @@ def measured_on(name: str, device: str) -> Any:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"--device {device}: PyTorch sees no GPU here; expected cpu")
         target = load_target(name).module.to(device)
-    except UserError as error:
-        print("error:", error, file=sys.stderr)
+    except (UserError, RuntimeError, AssertionError) as error:  # PyTorch's for a device that there is not
+        print("error:", str(error).splitlines()[0], file=sys.stderr)
         sys.exit(2)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and end
     if device == "cpu":

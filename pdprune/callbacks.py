@@ -10,7 +10,6 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pdprune.errors import NonFiniteLossError
@@ -19,7 +18,7 @@ from pdprune.loggers import MetricsCsv, group_names, wandb_logger
 from pdprune.progress import telling
 from pdprune.ranks import save_checkpoint_alone
 from pdprune.run_folder import CONFIG_FILE, METRICS_FILE, RunFolder
-from pdprune.signals import StopSignals, end_when_warned, requeue_job
+from pdprune.signals import StopSignals, requeue_job
 
 
 class OpenRunFolder(SaveConfigCallback):
@@ -98,8 +97,7 @@ class RunCheckpoint(Checkpoint):
     """Saves `checkpoints/last.ckpt` every few steps and keeps the one before as `previous.ckpt`.
 
     On SIGTERM, or when SLURM warns that it will stop the job, it saves after the step that is under way, and ends the
-    fit before the next, validation included if that is due; in the second case the job is then queued again. Commands
-    that do not train end at once at that warning, and are queued again.
+    fit before the next, validation included if that is due; in the second case the job is then queued again.
 
     Args:
         every_n_steps: a checkpoint is saved each time so many optimiser steps (`trainer.global_step`) have been made,
@@ -131,19 +129,10 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._signals.agree(trainer)  # a last validation may have come after the last step
         if trainer.global_step > self._saved_at_step:
             self._save(trainer)
         self._stop_if_told()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:  # and not as a part of training
-            end_when_warned(trainer)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        end_when_warned(trainer)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        end_when_warned(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Queue the job again if that was asked for; a non-finite loss leaves a checkpoint to look into."""

@@ -61,10 +61,15 @@ class StopSignals:
         self.stop, self.requeue = any(noted), noted[1]
 
 
-def end_when_warned(trainer: Any) -> None:
-    """Put ending in the place of Lightning's handler of SLURM's warning, which would save a checkpoint of its own."""
+@contextmanager
+def ending_when_warned(trainer: Any) -> Iterator[None]:
+    """End at SLURM's warning, and have the job queued again; while a fit trains, `StopSignals` listens instead.
+
+    Lightning leaves that signal alone where somebody handles it, and would else save a checkpoint of its own.
+    """
     warning = _warning_of(trainer)
     if warning is None or not _may_set_handlers():
+        yield
         return
 
     def end(received: int, frame: Any) -> None:
@@ -73,20 +78,11 @@ def end_when_warned(trainer: Any) -> None:
             requeue_job()
         raise SIGTERMException
 
-    signal.signal(warning, end)
-
-
-@contextmanager
-def ending_when_warned(trainer: Any) -> Iterator[None]:
-    """`end_when_warned` where no trainer runs, which would put back what was there before."""
-    warning = _warning_of(trainer)
-    before = None if warning is None else signal.getsignal(warning)
-    end_when_warned(trainer)
+    before = signal.signal(warning, end)
     try:
         yield
     finally:
-        if warning is not None and _may_set_handlers():
-            signal.signal(warning, before)
+        signal.signal(warning, before)
 
 
 def _warning_of(trainer: Any) -> int | None:

@@ -272,19 +272,22 @@ class PdpruneCLI(LightningCLI):
         kwargs["plugins"] = [*_as_list(given["plugins"]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        with ending_when_warned(self.trainer):
+            super()._run_subcommand(subcommand)
+
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Train, let the model write its results, and mark the run as finished."""
-        require_finishable = getattr(model, "require_finishable", None)
-        if require_finishable is not None:
+        is_trial = self._get(self.config, "trainer").fast_dev_run
+        if not is_trial and (require_finishable := getattr(model, "require_finishable", None)) is not None:
             require_finishable()
         self._run("fit", model, kwargs)
-        if self._get(self.config, "trainer").fast_dev_run:
+        if is_trial:
             return
         finish = getattr(model, "finish", None)
-        with ending_when_warned(self.trainer):
-            if finish is not None:
-                finish(datamodule=self.datamodule, folder=self.folder.path)
-            self._show_results(model, self._write_report(model))
+        if finish is not None:
+            finish(datamodule=self.datamodule, folder=self.folder.path)
+        self._show_results(model, self._write_report(model))
         if self.trainer.is_global_zero:
             self.folder.mark_finished()
             print(f"Results are in {self.folder.path}")

@@ -20,7 +20,7 @@ import yaml
 from forking import in_a_child, on_ranks
 from tiny_circuit import CONFIG, PROMPTS, network
 
-from pdprune import report
+from pdprune import report, train
 from pdprune.circuits import pruning
 from pdprune.circuits.pruning import CircuitPruner
 from pdprune.decomposition.learning import ComponentLearner
@@ -280,12 +280,26 @@ def test_slurm_queues_a_job_again_that_it_is_about_to_stop(asked_of_slurm: Calla
     assert in_a_child(warned) == 128 + signal.SIGTERM
     assert asked_of_slurm() == "requeue 4711\n"
     assert checkpoints_in("runs/here") == ["last.ckpt", "previous.ckpt"]
-    # Warned again when the circuit is chosen, and when it is audited, and when its page is written.
-    for owner, name in ((CircuitPruner, "select_on"), (pruning, "audit_circuit"), (report, "write_report")):
-        assert warned_in(owner, name, "fit", *CIRCUIT, "--ckpt_path", "last") == 128 + signal.SIGTERM
-    assert asked_of_slurm() == 4 * "requeue 4711\n"
+    # Warned again before training goes on, when the circuit is chosen, audited, and when its page is written.
+    moments = ((CircuitPruner, name) for name in ("prepare", "select_on"))
+    for owner, name in (*moments, (pruning, "audit_circuit"), (report, "write_report")):
+        assert warned_in(owner, name, "fit", *CIRCUIT, "--ckpt_path", "last") == 128 + signal.SIGTERM, name
+    assert asked_of_slurm() == 5 * "requeue 4711\n"
+    handled = signal.getsignal(signal.SIGUSR1)
     assert fit(*CIRCUIT, "--ckpt_path", "last") == 0
+    assert signal.getsignal(signal.SIGUSR1) == handled
     assert_same(results(), whole)
+
+
+def test_slurm_warns_in_the_last_validation(asked_of_slurm: Callable[[], str]) -> None:
+    validating = (*CIRCUIT, "--trainer.val_check_interval", "12", "--trainer.check_val_every_n_epoch", "null")
+    assert fit(*validating) == 0
+    whole = results()
+    shutil.rmtree("runs")
+    assert warned_in(CircuitPruner, "validated", "fit", *validating) == 128 + signal.SIGTERM
+    assert asked_of_slurm() == "requeue 4711\n" and not Path("runs/here/circuit.json").exists()
+    assert fit(*validating, "--ckpt_path", "last") == 0
+    assert results()["state"] == whole["state"]
 
 
 @pytest.mark.parametrize(
@@ -293,7 +307,9 @@ def test_slurm_queues_a_job_again_that_it_is_about_to_stop(asked_of_slurm: Calla
     [
         ("validate", CircuitPruner, "validated"),
         ("test", pruning, "audit_circuit"),
+        ("test", report, "write_report"),
         ("predict", pruning, "prediction_records"),
+        ("predict", train, "write_atomically"),
     ],
 )
 def test_slurm_queues_other_commands_again(

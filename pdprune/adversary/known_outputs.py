@@ -74,13 +74,13 @@ class KnownOutputs:
             seen, held = seen + batch.size, held + sum(known.scored.nbytes for known in found)
             if held * total > limit * seen:
                 return None
-            examples.update(zip(keys_of(batch), found, strict=True))
+            examples.update(zip(_keys(batch), found, strict=True))
             reached(seen / total)
         return cls(examples)
 
     def on(self, batch: Batch) -> Float[Tensor, "B *T V"] | None:
         """The target's output for a batch, 0 where it is not scored; None if one of its examples is not known."""
-        found = [known for key in keys_of(batch) if (known := self.examples.get(key)) is not None]
+        found = [known for key in _keys(batch) if (known := self.examples.get(key)) is not None]
         if len(found) < batch.size:
             return None
         shape, rows = found[0]
@@ -106,10 +106,10 @@ def _is_whole(shape: torch.Size, batch: Batch) -> bool:
     return len(shape) != 2 or (batch.positions is None and batch.attention_mask is None)
 
 
-def keys_of(batch: Batch) -> Iterator[bytes]:
+def _keys(batch: Batch) -> Iterator[bytes]:
     """A key an example: all that decides what the target answers, and where it is scored."""
     rows, shared = [], hashlib.blake2b(digest_size=16)
-    for value in _leaves([batch.inputs, batch.positions]):
+    for value in leaves_of([batch.inputs, batch.positions]):
         if isinstance(value, Tensor) and value.ndim and len(value) == batch.size:
             shared.update(f"{value.dtype}{tuple(value.shape[1:])}".encode())
             rows.append(_rows_of_bytes(value))
@@ -128,15 +128,15 @@ def _rows_of_bytes(value: Tensor) -> Any:
     return value.detach().cpu().contiguous().reshape(len(value), -1).view(torch.uint8).numpy()
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def leaves_of(value: Any) -> Iterator[Any]:
     """What is in dicts, lists and tuples; of a dict its names as well."""
     match value:
         case Mapping():
             for name in sorted(value, key=str):
                 yield name
-                yield from _leaves(value[name])
+                yield from leaves_of(value[name])
         case tuple() | list():
             for one in value:
-                yield from _leaves(one)
+                yield from leaves_of(one)
         case _:
             yield value

@@ -13,14 +13,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pdprune.adversary.known_outputs import keys_of
+from pdprune.adversary.known_outputs import leaves_of
 from pdprune.adversary.objective import MaskedLoss
 from pdprune.circuits.schemes import AdversarialScorer, Scorer, SmoothScorer
 
 SECONDS_BETWEEN_SAVES = 60.0
+SAVING_AT_MOST = 0.05
+"""Share of the time that saving may take."""
 
 
 @dataclass
@@ -41,12 +44,14 @@ class Journal:
 
 
 def fingerprint_of(ranking: Float[Tensor, "*lead n"], losses: Sequence[MaskedLoss], *settings: Any) -> str:
-    """Of what a selection follows from: the ranking, the examples, and settings whose `repr` says all of them."""
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
-    digest.update(_bytes_of(ranking))
-    for loss in losses:
-        for key in keys_of(loss.batch):
-            digest.update(key)
+    """Of what a selection follows from: the ranking, the batches, references, and settings whose `repr` says them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in leaves_of([settings, ranking, *([loss.batch.raw, loss.reference] for loss in losses)]):
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode() + _bytes_of(leaf))
+        else:
+            digest.update(repr(leaf).encode())
+        digest.update(b";")
     return digest.hexdigest()
 
 
@@ -64,9 +69,10 @@ class JournaledScorer:
     journal: Journal
     save: Callable[[], None]
     _asked: int = 0
-    _saved_at: float = field(default_factory=time.monotonic)
+    _save_at: float = field(init=False)
 
     def __post_init__(self) -> None:
+        self._save_at = time.monotonic() + SECONDS_BETWEEN_SAVES
         if self.journal.memory and isinstance(self.scorer, AdversarialScorer):
             self.scorer.recall(self.journal.memory)
 
@@ -82,14 +88,19 @@ class JournaledScorer:
         journal.answers[number:] = [value]
         if isinstance(self.scorer, AdversarialScorer):
             journal.memory = self.scorer.memory()
-        if time.monotonic() - self._saved_at >= SECONDS_BETWEEN_SAVES:
-            self.save()
-            self._saved_at = time.monotonic()
+        self._save_now_and_then()
         return value
 
     def promise(self, keep: Float[Tensor, "*lead n"]) -> Float[Tensor, "*lead n"]:
         return cast(SmoothScorer, self.scorer).promise(keep)
 
+    def _save_now_and_then(self) -> None:
+        start = time.monotonic()
+        if start >= self._save_at:
+            self.save()
+            end = time.monotonic()
+            self._save_at = end + max(SECONDS_BETWEEN_SAVES, (end - start) / SAVING_AT_MOST)
+
 
 def _bytes_of(tensor: Tensor) -> bytes:
-    return bytes(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

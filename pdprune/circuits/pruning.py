@@ -553,12 +553,14 @@ class CircuitPruner(LightningModule):
         return select_open_gates(self.gates(), scores)
 
     def _journaled(self, scores: Scorer, ranking: Tensor, losses: Sequence[MaskedLoss]) -> Scorer:
-        """The scorer with what an earlier, stopped selection of the same circuit was told; from Python as it is."""
-        if self.save_journal is None:
+        """The scorer with what an earlier, stopped selection of the same circuit was told.
+
+        From Python it is left as it is, and so is one of a loss of the user's own, which cannot be told from another.
+        """
+        if self.save_journal is None or not isinstance(self.loss, str):
             return scores
         settings = [getattr(self, name) for name in ANSWERS_FOLLOW_FROM]
-        loss = getattr(self.loss, "__qualname__", self.loss)
-        about = fingerprint_of(ranking, losses, loss, settings, self.adversary.max_ablated, self.audit.compute)
+        about = fingerprint_of(ranking, losses, self.loss, settings, self.adversary.max_ablated, self.audit.compute)
         if self.journal is None or self.journal.about != about:
             self.journal = Journal(about)
         return JournaledScorer(scores, self.journal, self.save_journal)

@@ -17,6 +17,7 @@ from pdprune.adversary.attack import Ascent
 from pdprune.adversary.opponent import TrainingAdversary
 from pdprune.circuits.gates import Sparsity
 from pdprune.circuits.pruning import AuditSettings, CircuitPruner, Learning
+from pdprune.circuits.schemes import Draws
 from pdprune.circuits.selection import Selection
 from pdprune.claims.planted.handmade import Puzzle, cancelling_sets, redundant_routes
 from pdprune.decomposition import DecomposedModel
@@ -284,3 +285,42 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_learned(
 ) -> None:
     with pytest.raises(UserError, match=says):
         settings(**given)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"scheme": "stochastic"},
+        {"scope": "position"},
+        {"norm_scales": "frozen"},
+        {"reference": "mean"},
+        {"draws": Draws(count=3)},
+        {"attack": Ascent(steps=4, step_size=0.5, restarts=1, draws=2, flips=8)},
+        {"selection": Selection(drop_scores=3)},
+        {"target_loss": 0.07},
+        {"seed": 1},
+        {"audit": AuditSettings(compute="bfloat16")},
+        {"adversary": TrainingAdversary(max_ablated=3)},
+        {"loss": "ce"},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_a_journal_is_of_one_selection(other: dict[str, Any]) -> None:
+    def journal_of(**options: Any) -> Any:
+        module = pruner(normed_model(), search="gradient", **options)
+        data = tokens()
+        module.prepare(data)
+        module.save_journal = lambda: None
+        module.select(data)
+        return module.journal
+
+    first, again, different = journal_of(), journal_of(), journal_of(**other)
+    assert first.about == again.about != different.about
+    assert first.answers == again.answers and len(first.answers) > 2
+
+
+def normed_model() -> DecomposedModel:
+    """The language model in small, with a norm that does nothing but be there."""
+    model = token_model()
+    model.target.drop = nn.LayerNorm(6)  # type: ignore[assignment]
+    return DecomposedModel.from_components(model.target, {"down": (torch.eye(6), model.target.down.weight.detach().T)})
