@@ -24,7 +24,7 @@ def dying_at(number: int, fit: Callable[[], int]) -> int:
         return score(self, *args, **named)
 
     AdversarialScorer.score = dying  # type: ignore[method-assign]
-    journal.SECONDS_BETWEEN_SAVES = 0
+    journal.SECONDS_BETWEEN_SAVES, journal.SAVING_AT_MOST = 0, float("inf")
     return fit()
 
 
