@@ -3,6 +3,7 @@
     python benchmarks/step_cost.py                                            # the grid of docs/speed.md
     python benchmarks/step_cost.py --tokens 8192 --components larger          # the row that goals are set for
     python benchmarks/step_cost.py --tokens 8192 --components larger --audit 0  # and what a whole audit costs
+    python benchmarks/step_cost.py --components larger --compile              # with the target's pass compiled
 
 All pieces of a row are measured in one process, one after another and round after round; a figure is the median over
 rounds of a piece's time over that of the training step of the same round. On CPU with one thread, and CPU time, so that

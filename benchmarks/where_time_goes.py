@@ -5,8 +5,8 @@
 
 Pieces are those of `step_cost.py`. *Of peak* is the floating-point operations a second of a piece, counted by PyTorch,
 over those of one large square matrix product in the same precision and run: what the device does at its best as seen
-here, not as its maker says. Then, for the free step and the ascent, the operations in the order of the time that they
-take themselves, by PyTorch's profiler.
+here, not as its maker says. *Operators* are those of PyTorch that a piece calls. Then, for the free step and the
+ascent, the operations in the order of the time that they take themselves, by PyTorch's profiler.
 """
 
 from __future__ import annotations

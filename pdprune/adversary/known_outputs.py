@@ -13,6 +13,7 @@ from torch import Tensor
 from pdprune.adversary.objective import MaskedLoss
 from pdprune.batches import Batch
 from pdprune.decomposition import DecomposedModel
+from pdprune.fingerprints import bytes_of, leaves_of
 from pdprune.losses import scored_positions
 
 AT_LEAST, AT_MOST = 32 << 20, 1 << 30
@@ -125,18 +126,4 @@ def _keys(batch: Batch) -> Iterator[bytes]:
 
 
 def _rows_of_bytes(value: Tensor) -> Any:
-    return value.detach().cpu().contiguous().reshape(len(value), -1).view(torch.uint8).numpy()
-
-
-def leaves_of(value: Any) -> Iterator[Any]:
-    """What is in dicts, lists and tuples; of a dict its names as well."""
-    match value:
-        case Mapping():
-            for name in sorted(value, key=str):
-                yield name
-                yield from leaves_of(value[name])
-        case tuple() | list():
-            for one in value:
-                yield from leaves_of(one)
-        case _:
-            yield value
+    return bytes_of(value).reshape(len(value), -1).numpy()

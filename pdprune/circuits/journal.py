@@ -7,19 +7,17 @@ and are given again without scoring.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pdprune.adversary.known_outputs import leaves_of
 from pdprune.adversary.objective import MaskedLoss
 from pdprune.circuits.schemes import AdversarialScorer, Scorer, SmoothScorer
+from pdprune.fingerprints import digest_of
 
 SECONDS_BETWEEN_SAVES = 60.0
 SAVING_AT_MOST = 0.05
@@ -45,14 +43,7 @@ class Journal:
 
 def fingerprint_of(ranking: Float[Tensor, "*lead n"], losses: Sequence[MaskedLoss], *settings: Any) -> str:
     """Of what a selection follows from: the ranking, the batches, references, and settings whose `repr` says them."""
-    digest = hashlib.blake2b(digest_size=16)
-    for leaf in leaves_of([settings, ranking, *([loss.batch.raw, loss.reference] for loss in losses)]):
-        if isinstance(leaf, Tensor):
-            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode() + _bytes_of(leaf))
-        else:
-            digest.update(repr(leaf).encode())
-        digest.update(b";")
-    return digest.hexdigest()
+    return digest_of(settings, ranking, [(loss.batch.raw, loss.reference) for loss in losses])
 
 
 @dataclass
@@ -77,7 +68,7 @@ class JournaledScorer:
             self.scorer.recall(self.journal.memory)
 
     def score(self, keep: Float[Tensor, "*lead n"], stop_above: float | None = None) -> float:
-        question = hashlib.blake2b(_bytes_of(keep) + repr(stop_above).encode(), digest_size=16).hexdigest()
+        question = digest_of(keep, stop_above)
         number, journal = self._asked, self.journal
         self._asked += 1
         if number < len(journal.answers) and journal.questions[number] == question:
@@ -100,7 +91,3 @@ class JournaledScorer:
             self.save()
             end = time.monotonic()
             self._save_at = end + max(SECONDS_BETWEEN_SAVES, (end - start) / SAVING_AT_MOST)
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

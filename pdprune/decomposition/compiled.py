@@ -70,7 +70,7 @@ def _told_in_one_line(what: str, compiled: Callable[..., Any], *args: Any) -> An
     from torch._dynamo.exc import TorchDynamoException
 
     try:
-        with config.patch(cache_size_limit=MOST_KINDS):
+        with config.patch(cache_size_limit=MOST_KINDS):  # the name that PyTorch 2.6 knows too
             return compiled(*args)
     except TorchDynamoException as error:
         why = " ".join(str(error).strip().split("\n\n")[0].split())[:200]  # then follows how to see more of it

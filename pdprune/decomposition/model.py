@@ -22,6 +22,7 @@ from pdprune.decomposition.folding import SiteMask, fold, masked_per_token, term
 from pdprune.decomposition.norms import norms_frozen, norms_of, scale_of
 from pdprune.decomposition.sites import EMBEDDING, Site, at_least_float32
 from pdprune.errors import UserError
+from pdprune.fingerprints import bytes_of
 
 if TYPE_CHECKING:
     from pdprune.decomposition.importances import CausalImportances
@@ -459,5 +460,5 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor).numpy().data)
     return digest.hexdigest()

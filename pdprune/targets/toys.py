@@ -23,15 +23,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pdprune.errors import UserError
+from pdprune.errors import UserError, require_at_least
 
 ActivationName = Literal["relu", "gelu"]
-
-
-def _require_at_least(network: str, least: int, **sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < least:
-            raise UserError(f"{network}: {name} is {value}, expected at least {least}")
 
 
 class Toy(nn.Module):
@@ -65,8 +59,8 @@ class TMSConfig:
     """Start from no bias rather than a random one."""
 
     def __post_init__(self) -> None:
-        _require_at_least("TMS", 1, n_features=self.n_features, n_hidden=self.n_hidden)
-        _require_at_least("TMS", 0, n_hidden_layers=self.n_hidden_layers)
+        require_at_least(1, "TMS: ", n_features=self.n_features, n_hidden=self.n_hidden)
+        require_at_least(0, "TMS: ", n_hidden_layers=self.n_hidden_layers)
 
 
 class TMS(Toy):
@@ -133,7 +127,7 @@ class ResidualMLPConfig:
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in ("n_layers", "n_features", "d_embed", "d_mlp")}
-        _require_at_least("residual MLP", 1, **sizes)
+        require_at_least(1, "residual MLP: ", **sizes)
         if self.act_fn_name not in get_args(ActivationName):
             raise UserError(f"residual MLP: act_fn_name is {self.act_fn_name!r}, expected 'relu' or 'gelu'")
         if self.d_random is not None and not self.n_features <= self.d_embed <= self.d_random:
@@ -202,7 +196,7 @@ class InductionConfig:
     """Width of the residual stream, even."""
 
     def __post_init__(self) -> None:
-        _require_at_least("induction transformer", 1, **vars(self))
+        require_at_least(1, "induction transformer: ", **vars(self))
         if self.d_model % self.n_heads or self.d_model % 2:
             raise UserError(
                 f"induction transformer: d_model is {self.d_model}, expected an even multiple of n_heads {self.n_heads}"

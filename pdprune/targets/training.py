@@ -77,7 +77,9 @@ class TargetTrainer(LightningModule):
         super().__init__()
         require_above(0, "target training: ", lr=lr)
         require_at_least(0, "target training: ", weight_decay=weight_decay)
-        require_share("target training: ", warmup=warmup, final_lr=final_lr)
+        require_share("target training: ", final_lr=final_lr)
+        if not 0 <= warmup < 1:
+            raise UserError(f"target training: warmup: got {warmup}; expected a share of the steps, 0 <= warmup < 1")
         self.hparams.update(
             model=asdict(model),
             sparsity=asdict(sparsity) if sparsity else None,

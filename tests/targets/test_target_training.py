@@ -108,3 +108,10 @@ def test_training_without_an_end_is_refused(library: Path, tmp_path: Path) -> No
         trainer_in(tmp_path, -1, max_epochs=-1, enable_checkpointing=False).fit(
             TargetTrainer(SIZES), corpus_of(library)
         )
+
+
+@pytest.mark.parametrize("settings", [{"lr": 0.0}, {"weight_decay": -1.0}, {"warmup": 1.0}, {"final_lr": 2.0}])
+def test_settings_that_cannot_be_are_refused(settings: dict[str, float]) -> None:
+    (name,) = settings
+    with pytest.raises(UserError, match=f"target training: {name}: got"):
+        TargetTrainer(**settings)

@@ -104,7 +104,10 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> No
         assert torch.equal(value, resumed[name]), name
 
 
-@pytest.mark.parametrize(("settings", "named"), [({"schedule": "linear"}, "schedule"), ({"warmup": 1.0}, "warmup")])
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"schedule": "linear"}, "schedule"), ({"warmup": 1.0}, "warmup"), ({"lr": 0.0}, "lr: got 0.0")],
+)
 def test_settings_that_cannot_be_are_refused(settings: dict, named: str) -> None:
     with pytest.raises(UserError, match=named):
         ToyTrainer(TMS(), **settings)
