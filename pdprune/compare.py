@@ -45,7 +45,8 @@ def compare(folders: list[Path]) -> Table:
     )
     table.add_column("", no_wrap=True)
     for header in ("the model", *(PRUNED.get(audit.scheme or "", "circuit") for audit in audits)):
-        table.add_column(header, justify="right", max_width=16)
+        longest = max(len(word) for word in header.split())  # in 80 columns it would be cut short
+        table.add_column(header, justify="right", min_width=longest, max_width=16)
     table.add_row(
         f"nodes kept of {first.n_nodes:,}",
         f"{first.n_nodes:,}",
