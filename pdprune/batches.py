@@ -7,9 +7,9 @@ about data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Int
@@ -18,6 +18,7 @@ from torch import Tensor
 from pdprune.errors import UserError
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+Found = TypeVar("Found")
 
 KNOWN_KEYS = ("inputs", "labels", "positions", "choices", "counterfactual")
 UNUSED = -1
@@ -45,6 +46,17 @@ class Batch:
     positions: Int[Tensor, "B P"] | Bool[Tensor, "B T"] | None = None
     choices: Int[Tensor, "B K"] | None = None
     counterfactual: Inputs | None = None
+    _found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, question: Hashable, find: Callable[[], Found]) -> Found:
+        """The answer to a question about this batch, found the first time that it is asked.
+
+        Losses ask the same ones under every mask, and a GPU has to stop for each.
+        """
+        if question not in self._found:
+            self._found[question] = find()
+        found: Found = self._found[question]
+        return found
 
     @property
     def size(self) -> int:

@@ -267,6 +267,7 @@ class Climber:
     recent: list[float] = field(default_factory=list)
     bests: list[float] = field(default_factory=list)
     visited: set[bytes] = field(default_factory=set)
+    _placed: tuple[Tensor, bytes] | None = None
 
     def __post_init__(self) -> None:
         unmet = torch.full((self.game.n_groups,), -torch.inf, device=self.entries.device)
@@ -282,9 +283,11 @@ class Climber:
     def learn(self, losses: Float[Tensor, " G"], gradient: Float[Tensor, "*lead E"]) -> None:
         """Take a step with what was seen where the particle is."""
         self.best.meet(self.entries, losses)
-        self.visited.add(_key(self.entries))
+        if self._returns:
+            self.visited.add(self._place())
         self.climb(gradient)
-        self._halve_when_stalled(float(losses.mean()))
+        if self.ascent.optimizer == "momentum":
+            self._halve_when_stalled(float(losses.mean()))
         self.bests.append(self.best.loss)
 
     def is_done(self, worst: float) -> bool:
@@ -311,7 +314,17 @@ class Climber:
 
     def _is_back(self) -> bool:
         """Whether it has come back to where it was: sign steps, which remember nothing, then repeat themselves."""
-        return self.ascent.optimizer == "sign" and _key(self.entries) in self.visited
+        return self._returns and self._place() in self.visited
+
+    @property
+    def _returns(self) -> bool:
+        return self.ascent.optimizer == "sign"
+
+    def _place(self) -> bytes:
+        """Where it is, read once: a GPU has to stop for it."""
+        if self._placed is None or self._placed[0] is not self.entries:
+            self._placed = self.entries, _key(self.entries)
+        return self._placed[1]
 
     def climb(self, gradient: Float[Tensor, "*lead E"]) -> None:
         """Take one step along a gradient that is already known."""
@@ -335,8 +348,6 @@ class Climber:
                 return mean / square.sqrt().clamp(min=1e-12)
 
     def _halve_when_stalled(self, loss: float) -> None:
-        if self.ascent.optimizer != "momentum":
-            return
         self.recent.append(loss)
         window = max(4, self.ascent.steps // 8)
         if len(self.recent) >= 2 * window:

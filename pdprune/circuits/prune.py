@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import torch
 from lightning import LightningDataModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from pdprune.adversary.attack import Ascent
 from pdprune.adversary.game import Scope
@@ -172,7 +173,9 @@ def _gradients_kept(model: DecomposedModel) -> Iterator[None]:
 
 
 def learn_gates(pruner: CircuitPruner, data: LightningDataModule, steps: int) -> None:
-    """So many keep steps on one device, without Lightning's advice and files; the global random state is put back."""
+    """So many keep steps where the model is, without Lightning's advice and files; the global random state is put
+    back."""
+    device = pruner.model.delta_sites.device
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -182,7 +185,8 @@ def learn_gates(pruner: CircuitPruner, data: LightningDataModule, steps: int) ->
             Trainer(
                 max_steps=steps,
                 max_epochs=-1,
-                accelerator="auto" if pruner.model.delta_sites.is_cuda else "cpu",
+                accelerator=device.type,
+                strategy=SingleDeviceStrategy(device=device),
                 devices=1,
                 logger=False,
                 log_every_n_steps=0,

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pdprune.batches import as_batch
+from pdprune.batches import as_batch, to_device
 from pdprune.decomposition.importances import activations
 from pdprune.decomposition.model import DecomposedModel
 from pdprune.decomposition.sites import Site, at_least_float32
@@ -39,7 +39,7 @@ def mean_reference(model: DecomposedModel, batches: Iterable[Any], per_position:
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
     for raw in batches:
-        batch = as_batch(raw)
+        batch = to_device(as_batch(raw), model.delta_sites.device)
         for name, calls in model.site_calls(batch.inputs).items():
             site = model.sites[name]
             for x in calls:

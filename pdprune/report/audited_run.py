@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pydoc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from pdprune.adversary.objective import MaskedLoss, Reference
 from pdprune.batches import Batch, as_batches, to_device
@@ -109,6 +111,12 @@ class AuditedRun:
         """The loss of some examples under masks."""
         here = to_device(batch, self.model.delta_sites.device)
         return MaskedLoss(self.model, here, self.loss, self.reference.on(self.model, here, index))
+
+    @property
+    def means(self) -> Mapping[str, Tensor] | None:
+        """The reference inputs that do not depend on the batch, where the model is; None if there are none."""
+        found: Mapping[str, Tensor] | None = to_device(self.reference.means, self.model.delta_sites.device)
+        return found
 
     def metrics(self) -> dict[str, list[float | None]]:
         """The columns of `metrics.csv`; empty without one."""

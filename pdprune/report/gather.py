@@ -190,9 +190,8 @@ def _nodes(
 ) -> list[NodeFigures]:
     if not shown:
         return []
-    reference = run.reference.means
     try:
-        peaks = peaks_of(run.model, shown, batches, reference, CONTEXTS)
+        peaks = peaks_of(run.model, shown, batches, run.means, CONTEXTS)
     except UserError as error:
         peaks = [[] for _ in shown]
         notes.append(f"No contexts are shown: {error}.")
@@ -262,7 +261,7 @@ def _written(
             [node for node, _ in here],
             chosen,
             [peak.position for _, peak in here],
-            run.reference.means,
+            run.means,
         )
         if written is None:
             return {}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from pdprune.adversary.attack import Ascent, attack
@@ -91,7 +91,7 @@ def opposed_nodes(run: AuditedRun, replayed: Replay, site_of: Sequence[int]) -> 
     """The nodes that the worst source ablates, and those that it leaves alone; what matters most to it comes first."""
     game, entries = replayed.game, replayed.entries
     _, gradient = game.loss_and_gradient(entries)
-    source, free = _over_lead(game.source(entries)), game.source(game.free).reshape(-1, game.n_nodes).any(0)
+    source, free = _over_lead(game.source(entries)), _over_lead(game.source(game.free), torch.any)
     gain = _over_lead(game.source(gradient) * (2 * game.source(entries) - 1).sign(), torch.sum)
     order = [int(node) for node in gain.argsort(descending=True, stable=True) if free[node]]
     found = [
@@ -103,7 +103,7 @@ def opposed_nodes(run: AuditedRun, replayed: Replay, site_of: Sequence[int]) -> 
 
 def n_ablated_by_site(run: AuditedRun, replayed: Replay, site_of: Sequence[int], n_sites: int) -> list[int]:
     game = replayed.game
-    free = game.source(game.free).reshape(-1, game.n_nodes).any(0)
+    free = _over_lead(game.source(game.free), torch.any)
     ablated = (_over_lead(game.source(replayed.entries)) < 0.5) & free
     counts = [0] * n_sites
     for node in ablated.nonzero().squeeze(-1).tolist():
@@ -166,8 +166,8 @@ def _largest(row: Float[Tensor, " V"]) -> str:
     return ", ".join(f"y{int(index)} = {float(row[index]):.2g}" for index in order)
 
 
-def _over_lead(values: Float[Tensor, "*lead n"], how: object = torch.mean) -> Float[Tensor, " n"]:
-    """One value a node, where sources differ between positions or examples."""
+def _over_lead(values: Shaped[Tensor, "*lead n"], how: object = torch.mean) -> Shaped[Tensor, " n"]:
+    """One value a node, on the CPU, where sources differ between positions or examples."""
     assert callable(how)
     reduced: Tensor = how(values.reshape(-1, values.shape[-1]), 0)
     return reduced.cpu()

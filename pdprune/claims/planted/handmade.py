@@ -142,7 +142,7 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scores = self.key(self.mark(x)).transpose(1, 2)
-        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         pattern = scores.expand(-1, x.shape[1], -1).masked_fill(~causal, -torch.inf).softmax(-1)
         return self.out(pattern @ x[..., :1])
 
