@@ -73,13 +73,14 @@ def step_of(model: pdprune.DecomposedModel, batch: Any, n_levels: int) -> Callab
     return lambda: frontier.step(batch)
 
 
-def operators_of(step: Callable[[], None]) -> int:
-    """Operators that a step calls when masks run as one batch, on whatever device they are."""
+def operators_of(step: Callable[[], None], model: pdprune.DecomposedModel) -> int:
+    """Operators that a step calls on a GPU, where masks run as one batch and small sites are folded together."""
     with (
         # Of the CPU's own attention PyTorch batches nothing; of this one and of a GPU's it does.
         sdpa_kernel(SDPBackend.MATH),
         mock.patch("pdprune.adversary.objective.how_many_at_once", lambda *_, **__: TOKENS_ON_GPU),
         mock.patch.object(FrontierPruner, "_at_once", lambda *_: TOKENS_ON_GPU),
+        mock.patch.object(model, "folds_together", True),
     ):
         step()  # the first one measures and remembers
         with Operators() as operators:
@@ -102,7 +103,7 @@ def main() -> None:
     batch = random_text(target, args.tokens, args.device)
     steps = {levels: step_of(model, batch, levels) for levels in (1, *args.levels)}
     if args.operators:
-        counts = {levels: operators_of(step) for levels, step in steps.items()}
+        counts = {levels: operators_of(step, model) for levels, step in steps.items()}
         print("| levels | operators that a step calls | in those of one level |\n|---:|---:|---:|")
         for levels, count in counts.items():
             print(f"| {levels} | {count:,} | {count / counts[1]:.2f} |")

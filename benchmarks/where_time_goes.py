@@ -5,8 +5,9 @@
 
 Pieces are those of `step_cost.py`. *Of peak* is the floating-point operations a second of a piece, counted by PyTorch,
 over those of one large square matrix product in the same precision and run: what the device does at its best as seen
-here, not as its maker says. *Operators* are those of PyTorch that a piece calls. Then, for the free step and the
-ascent, the operations in the order of the time that they take themselves, by PyTorch's profiler.
+here, not as its maker says. *Operators* are those of PyTorch that a piece would call on a GPU, where small sites of one
+shape are folded by one product. Then, for the free step and the ascent, the operations in the order of the time that
+they take themselves, by PyTorch's profiler.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import json
 import statistics
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from step_cost import Case, Operators, Piece, decomposed, measured_on, pieces_of, random_text, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
+from pdprune.decomposition import DecomposedModel
 from pdprune.files import write_atomically
 from pdprune.precision import Compute, computing_in
 
@@ -57,10 +60,10 @@ def median_seconds(piece: Piece, device: str, rounds: int) -> float:
     return statistics.median(seconds(piece, device) for _ in range(rounds))
 
 
-def spent(piece: Piece, device: str, rounds: int, peak: float) -> Spent:
+def spent(piece: Piece, model: DecomposedModel, device: str, rounds: int, peak: float) -> Spent:
     with FlopCounterMode(display=False) as counter:
         piece()
-    with Operators() as operators:
+    with mock.patch.object(model, "folds_together", True), Operators() as operators:
         piece()
     took, flops = median_seconds(piece, device, rounds), counter.get_total_flops()
     return Spent(took, flops, flops / took / peak, operators.count)
@@ -115,7 +118,7 @@ def main() -> None:
     with computing_in(compute, torch.device(args.device)):
         peak = peak_flops(args.device, compute, args.rounds)
         pieces = pieces_of(case)
-        found = {name: spent(piece, args.device, args.rounds, peak) for name, piece in pieces.items()}
+        found = {name: spent(piece, case.model, args.device, args.rounds, peak) for name, piece in pieces.items()}
         operations = {name: by_operation(pieces[name], args.device) for name in PROFILED}
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one thread"
     print(f"{device}, {compute}: peak {peak / 1e12:.3f} TFLOP/s; {args.tokens:,} tokens, C = {args.components}\n")

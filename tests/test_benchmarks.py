@@ -55,7 +55,7 @@ def test_levels_that_run_as_one_batch_share_their_operators(monkeypatch: pytest.
     target = load_target("dense-py").module
     model = pdprune.decompose(target, ["*.mlp.down", "*.attn.out"], "neuron")
     batch = random_text(target, 256, "cpu")
-    one, sixteen = (frontier.operators_of(frontier.step_of(model, batch, levels)) for levels in (1, 16))
+    one, sixteen = (frontier.operators_of(frontier.step_of(model, batch, levels), model) for levels in (1, 16))
     assert one > 100 and sixteen < 2 * one
 
 

@@ -10,8 +10,9 @@ Both take masks as `k = m - 1`, split by site, with None where nothing is taken 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,15 @@ class SiteMask(NamedTuple):
     """The reference input `x̄`; None is zero."""
 
 
+class Change(NamedTuple):
+    """What a shared mask changes at one site."""
+
+    weight: Float[Tensor, "..."]
+    """Added to the target's parameter, and laid out as that is."""
+    term: Float[Tensor, "*#lead O"] | None
+    """What the reference adds to the output; None without one."""
+
+
 class Folded(NamedTuple):
     """A target under one shared mask: what it runs with in place of its own parameters, and what to add."""
 
@@ -45,23 +55,26 @@ class Folded(NamedTuple):
     """Output terms of references that differ between tokens: no bias can hold them."""
 
 
-def fold(site_masks: Sequence[SiteMask]) -> Folded:
+def fold(site_masks: Sequence[SiteMask], known: Mapping[str, Change] = MappingProxyType({})) -> Folded:
     """Fold one mask for all tokens into weights and biases.
 
     `W(m) = W + D` and `b(m) = b - D x̄`, with the change `D = -(V·diag(1-m)·U)ᵀ - (1-m_Δ)·Δ`. Summed in float32 or
     better, then cast to the parameter's type.
+
+    Args:
+        site_masks: the mask.
+        known: changes that are worked out already, by site.
     """
     parameters: dict[str, Tensor] = {}
     added: list[tuple[SiteMask, Tensor]] = []
     for site_mask in site_masks:
-        site, module, prefix, k, k_delta, reference = site_mask
-        change = site.weight_change(k, k_delta)
+        site, module, prefix, *_ = site_mask
+        change = known[site.name] if site.name in known else _change(site_mask)
         if change is None:
             continue
         weight = module._parameters["weight"].detach()  # type: ignore[union-attr]
-        folded = weight + change
-        if reference is not None:
-            term = -site.through(change, reference)
+        folded = weight + change.weight
+        if (term := change.term) is not None:
             if term.ndim > 1:
                 added.append((site_mask, term))
             elif site.kind.reads_ids:
@@ -73,6 +86,14 @@ def fold(site_masks: Sequence[SiteMask]) -> Folded:
                 parameters[prefix + "bias"] = folded_bias.to(weight.dtype)
         parameters[prefix + "weight"] = folded.to(weight.dtype)
     return Folded(parameters, added)
+
+
+def _change(site_mask: SiteMask) -> Change | None:
+    site, reference = site_mask.site, site_mask.reference
+    weight = site.weight_change(site_mask.k, site_mask.k_delta)
+    if weight is None:
+        return None
+    return Change(weight, None if reference is None else -site.through(weight, reference))
 
 
 def terms_added(added: Sequence[tuple[SiteMask, Float[Tensor, "*#lead O"]]]) -> AbstractContextManager[None]:

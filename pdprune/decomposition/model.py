@@ -21,6 +21,7 @@ from pdprune.decomposition.compiled import CompiledCall, call, has_hooks
 from pdprune.decomposition.folding import SiteMask, fold, masked_per_token, terms_added
 from pdprune.decomposition.norms import norms_frozen, norms_of, scale_of
 from pdprune.decomposition.sites import EMBEDDING, Site, at_least_float32
+from pdprune.decomposition.stacked import Stack, Stacks, changes_by_site
 from pdprune.errors import UserError
 from pdprune.fingerprints import bytes_of
 
@@ -66,6 +67,8 @@ class DecomposedModel(nn.Module):
             of a singular value decomposition differ between machines and numbers of threads, so the fingerprint is
             then that of the recipe and the weights.
         can_batch: whether several masks can run as one batch, as far as is known (see `adversary/together.py`).
+        folds_together: whether small sites of one shape are folded by one product (`stacked.py`); None, as at first, is
+            wherever the model is not on a CPU.
         importances: functions that say how much each component matters on an input, where they were learned.
     """
 
@@ -80,6 +83,8 @@ class DecomposedModel(nn.Module):
         self.recipe: str | None = None
         self.importances: CausalImportances | None = None
         self.can_batch = True
+        self.folds_together: bool | None = None
+        self._stacks: Stacks | None = None
         self._compiled: CompiledCall | None = None
         self.site_list = nn.ModuleList(sites)
         self.sites = {site.name: site for site in sites}
@@ -233,7 +238,7 @@ class DecomposedModel(nn.Module):
             if shared:
                 # Autocast would fold in half precision, and leave what is kept not quite alone.
                 with torch.autocast(site_masks[0].site.U.device.type, enabled=False):
-                    folded = fold(site_masks)
+                    folded = fold(site_masks, changes_by_site(self._stacked(), site_masks))
                 parameters.update(folded.parameters)
                 if not folded.added:
                     return self._call(parameters, args, kwargs)
@@ -245,13 +250,16 @@ class DecomposedModel(nn.Module):
     def narrowed_to(self, nodes: Bool[Tensor, " n"]) -> Narrowed:
         """What `forward` needs for masks that are 1 but for these nodes; made once, it serves any number of passes.
 
-        Components are copied, so sites stay whole where that would save little, or where reading costs no product.
+        Components are copied, so sites stay whole where that would save little, where reading costs no product, or
+        where one product serves several sites.
         """
+        stacked = {site for stack in self._stacked() for site in stack.sites}
         open_components = nodes.to(self._node_index.device)[self._node_index].split(self._split_sizes)
         sites: list[Site] = []
         components: list[Tensor | None] = []
         for site, is_open in zip(self.sites.values(), open_components, strict=True):
-            pays = not site.reads_columns and int(is_open.sum()) <= NARROW_BELOW * site.n_components
+            may_pay = not site.reads_columns and site not in stacked
+            pays = may_pay and int(is_open.sum()) <= NARROW_BELOW * site.n_components
             left = is_open.nonzero().squeeze(-1) if pays else None
             components.append(left)
             sites.append(site if left is None else site.narrowed(left))
@@ -325,6 +333,21 @@ class DecomposedModel(nn.Module):
             for handle in handles:
                 handle.remove()
         return output, calls
+
+    def _stacked(self) -> Sequence[Stack]:
+        """The sites that are folded together, for as long as none is changed or moved."""
+        together = self.delta_sites.device.type != "cpu" if self.folds_together is None else self.folds_together
+        if not together:
+            return ()
+        if self._stacks is None or not self._stacks.are_current():
+            self._stacks = Stacks(list(self.sites.values()))
+        return self._stacks.all
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DecomposedModel:
+        """Moves and casts leave stacks behind."""
+        self._stacks = None
+        super()._apply(fn, recurse)
+        return self
 
     def _norms_at(self, scales: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
         return nullcontext() if scales is None else norms_frozen(self.target, scales)
