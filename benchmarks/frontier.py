@@ -17,13 +17,12 @@ import json
 import logging
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from lightning import Trainer
-from step_cost import Operators, measured_on, random_text, seconds
+from step_cost import Operators, measured_on, random_text, results_file, seconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -96,7 +95,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--operators", action="store_true", help="count operators instead of measuring time")
-    parser.add_argument("--json", type=Path, default=Path("runs/frontier_cost.json"))
+    parser.add_argument("--json", type=results_file, default="runs/frontier_cost.json")
     args = parser.parse_args()
     target = measured_on(args.target, args.device).requires_grad_(False)
     model = pdprune.decompose(target, ["*.mlp.down", "*.attn.out"], "neuron")

@@ -101,6 +101,15 @@ def measured_on(name: str, device: str) -> Any:
     return target
 
 
+def results_file(text: str) -> Path:
+    """An argument of a command line: a file that can be written once everything is measured."""
+    path = Path(text)
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written; expected a file in a folder that can")
+    return path
+
+
 def decomposed(target: nn.Module, components: str) -> DecomposedModel:
     """Random components at every matrix, about as large together as the weight; what they leave over is delta."""
     rng = generator(0, "components")
@@ -341,7 +350,7 @@ def main() -> None:
         "--audit", type=int, nargs="+", metavar="N", help="measure audits instead, with N random circuits; takes long"
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, default=Path("runs/step_cost.json"))
+    parser.add_argument("--json", type=results_file, default="runs/step_cost.json")
     args = parser.parse_args()
     target = measured_on(args.target, args.device)
     print(audit_header(args.audit) if args.audit else HEADER)

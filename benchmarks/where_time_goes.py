@@ -15,12 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
-from step_cost import Case, Operators, Piece, decomposed, measured_on, pieces_of, random_text, seconds
+from step_cost import Case, Operators, Piece, decomposed, measured_on, pieces_of, random_text, results_file, seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 from pdprune.decomposition import DecomposedModel
@@ -109,7 +108,7 @@ def main() -> None:
     parser.add_argument("--compute", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, default=Path("runs/where_time_goes.json"))
+    parser.add_argument("--json", type=results_file, default="runs/where_time_goes.json")
     args = parser.parse_args()
     target = measured_on(args.target, args.device)
     batch = random_text(target, args.tokens, args.device)

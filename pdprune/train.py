@@ -335,6 +335,7 @@ class PdpruneCLI(LightningCLI):
         try:
             with telling("report") as tell:
                 if isinstance(model, CircuitPruner):
+                    model.to(self.trainer.strategy.root_device)  # after `test` Lightning has moved it away
                     return write_report(AuditedRun.of(model, self.datamodule, folder), tell=tell)
                 return write_frontier(folder)
         except Exception as error:

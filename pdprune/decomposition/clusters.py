@@ -60,6 +60,9 @@ def regroup(
         [*labels, *(label for _, label in left)],
     )
     grouped.target_name, grouped.recipe = model.target_name, model.recipe
+    grouped.folds_together = model.folds_together
+    if (options := model.compiled_with) is not None:
+        grouped.compile(**options)
     if model.importances is not None:
         importances = CausalImportances(grouped.sites, model.importances.settings)
         importances.load_state_dict(model.importances.state_dict())

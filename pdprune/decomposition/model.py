@@ -185,6 +185,11 @@ class DecomposedModel(nn.Module):
         """
         self._compiled = CompiledCall(self.delta_sites.device, options)
 
+    @property
+    def compiled_with(self) -> dict[str, Any] | None:
+        """The options that `compile` was given; None where nothing is compiled."""
+        return None if self._compiled is None else dict(self._compiled.options)
+
     def forward(
         self,
         inputs: Any,

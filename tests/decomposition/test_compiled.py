@@ -14,6 +14,7 @@ from decomposition.small_nets import VOCAB, random_decomposition, small_lm
 from torch import Tensor, nn
 
 from pdprune.decomposition import DecomposedModel, decompose, mean_reference
+from pdprune.decomposition.clusters import regroup
 from pdprune.decomposition.settings import Decomposition
 from pdprune.errors import UserError
 
@@ -153,6 +154,14 @@ def test_models_do_not_share_what_may_be_compiled(backend: Counting) -> None:
         model.compile(backend=backend)
         answers(model, IDS)
         assert backend.passes == passes + 2, "one to find out, one that answers"
+
+
+def test_a_regrouped_model_is_compiled_as_well(compiled: DecomposedModel, backend: Counting) -> None:
+    site = compiled.site_names[0]
+    grouped = regroup(compiled, [[(site, 0), (site, 1)]])
+    passes = backend.passes
+    torch.testing.assert_close(grouped(IDS, torch.ones(grouped.n_nodes).double()), compiled.target(IDS))
+    assert backend.passes == passes + 1
 
 
 def test_many_kinds_of_passes_are_compiled(compiled: DecomposedModel, backend: Counting) -> None:
