@@ -4,6 +4,7 @@
     python benchmarks/step_cost.py --tokens 8192 --components larger          # the row that goals are set for
     python benchmarks/step_cost.py --tokens 8192 --components larger --audit 0  # and what a whole audit costs
     python benchmarks/step_cost.py --components larger --compile              # with the target's pass compiled
+    python benchmarks/step_cost.py --target host --tokens 8 --components 1 --rounds 200 --together  # what the host does
 
 All pieces of a row are measured in one process, one after another and round after round; a figure is the median over
 rounds of a piece's time over that of the training step of the same round. On CPU with one thread, and CPU time, so that
@@ -56,10 +57,13 @@ from pdprune.files import write_atomically
 from pdprune.precision import computing_in
 from pdprune.seeding import generator
 from pdprune.targets import load_target
+from pdprune.targets.transformer import Transformer, TransformerConfig
 
 TOKENS = (512, 2048, 8192, 32768)
 COMPONENTS = ("larger", "1", "2", "4", "8")
 RESTARTS, STEPS = 8, 40
+HOST = "host"
+"""The target that has nothing to compute: what is left is the host's work, which a GPU waits for in small networks."""
 PER_TOKEN_LIMIT = 8 << 30
 """Bytes beyond which the per-token route is left out."""
 GOALS = {"free": 1.15, "ascent": 1.15, "memory": 1.3, "per token": 3.0, "audit": 45.0}
@@ -90,7 +94,7 @@ def measured_on(name: str, device: str) -> Any:
     try:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"--device {device}: PyTorch sees no GPU here; expected cpu")
-        target = load_target(name).module.to(device)
+        target = (small_work() if name == HOST else load_target(name).module).to(device)
     except (UserError, RuntimeError, AssertionError) as error:  # PyTorch's for a device that there is not
         print("error:", str(error).splitlines()[0], file=sys.stderr)
         sys.exit(2)
@@ -99,6 +103,13 @@ def measured_on(name: str, device: str) -> Any:
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
     return target
+
+
+def small_work() -> Transformer:
+    """The shipped language models' architecture with products that take no time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Transformer(TransformerConfig(16, max_length=8, n_layers=2, n_heads=4, d_model=16, d_mlp=64)).eval()
 
 
 def results_file(text: str) -> Path:
@@ -337,7 +348,7 @@ def audit_header(random_circuits: list[int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="dense-py", help="a shipped language model")
+    parser.add_argument("--target", default="dense-py", help="a shipped language model, or `host`")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--components", nargs="+", default=COMPONENTS)
     parser.add_argument("--k", type=int, default=4, help="steps of a fresh ascent")
@@ -345,6 +356,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--compile", action="store_true", help="the masked target's pass by torch.compile; the unit is not"
+    )
+    parser.add_argument(
+        "--together", action="store_true", default=None, help="fold small sites of one shape together, as on a GPU"
     )
     parser.add_argument(
         "--audit", type=int, nargs="+", metavar="N", help="measure audits instead, with N random circuits; takes long"
@@ -359,6 +373,7 @@ def main() -> None:
         batch = random_text(target, tokens, args.device)
         for components in args.components:
             case = Case(target, decomposed(target, components), batch, tokens, components, args.k, args.loss)
+            case.model.folds_together = args.together
             if args.compile:
                 case.model.compile()
             if args.audit:
@@ -378,6 +393,7 @@ def main() -> None:
     machine = {
         "device": args.device,
         "compiled": args.compile,
+        "folded together": args.together,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

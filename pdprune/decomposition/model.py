@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from pdprune.decomposition.building import Node, build
-from pdprune.decomposition.compiled import CompiledCall, call, has_hooks
+from pdprune.decomposition.compiled import CompiledCall, has_hooks
 from pdprune.decomposition.folding import SiteMask, fold, masked_per_token, terms_added
 from pdprune.decomposition.norms import norms_frozen, norms_of, scale_of
 from pdprune.decomposition.sites import EMBEDDING, Site, at_least_float32
@@ -110,6 +110,7 @@ class DecomposedModel(nn.Module):
             for module, path in module_paths.items()
             for key in module._parameters
         ]
+        self._place_of = {name: (own, key) for name, own, key in self._target_parameters}
         self._site_modules = [target.get_submodule(site.name) for site in sites]
         self._site_prefixes = [_join(module_paths[module], "") for module in self._site_modules]
         self._embeddings = [
@@ -394,9 +395,24 @@ class DecomposedModel(nn.Module):
             # All of them, whichever sites are masked: other names would be compiled anew.
             everything = {name: own[key].detach() for name, own, key in self._target_parameters if own[key] is not None}
             return self._compiled(self.target, everything | parameters, args, kwargs)
-        if not parameters:
+        with self._standing_in(parameters):
             return self.target(*args, **kwargs)
-        return call(self.target, parameters, args, kwargs)
+
+    @contextmanager
+    def _standing_in(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """The target with these tensors in place of its parameters, as `torch.func.functional_call` does it.
+
+        That looks every name up in the network, twice a pass, which takes as long as half of a small network's pass.
+        """
+        places = [self._place_of[name] for name in parameters]
+        before = [own[key] for own, key in places]
+        try:
+            for (own, key), tensor in zip(places, parameters.values(), strict=True):
+                own[key] = tensor
+            yield
+        finally:
+            for (own, key), tensor in zip(places, before, strict=True):
+                own[key] = tensor
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
