@@ -27,6 +27,11 @@ def computing_in(compute: Compute, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
 
+def computed_in(device: torch.device) -> str:
+    """What matrix products are computed in here and now, as text."""
+    return str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "as they are"
+
+
 def require_compute(where: str, compute: str) -> None:
     """Raise a `UserError` for an unknown type."""
     if compute not in get_args(Compute):

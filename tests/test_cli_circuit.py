@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from forking import in_a_child
-from killed_selection import dying_at, numbers_scored
+from killed_endings import attacks_made, dying_at, dying_in_audit, numbers_scored
 from safetensors.torch import load_file
 from tiny_circuit import PROMPTS, network, write_material
 
@@ -103,13 +103,21 @@ def test_too_weak_an_attack_is_refused_before_anything_is_learned(capsys: pytest
     assert "audit: got 1 restarts" in capsys.readouterr().err and not Path("runs").exists()
 
 
-def test_a_killed_selection_scores_nothing_twice(uninterrupted: dict[str, Any]) -> None:
+def test_a_killed_endings_scores_nothing_twice(uninterrupted: dict[str, Any]) -> None:
     assert in_a_child(lambda: dying_at(7, fit)) == -signal.SIGKILL
     assert in_a_child(lambda: dying_at(3, lambda: fit("--ckpt_path", "last"))) == -signal.SIGKILL
     numbers = numbers_scored(lambda: fit("--ckpt_path", "last"))
     assert numbers[:3] == [9, 10, 11], "six circuits were scored, then two"
     assert results() == uninterrupted
     assert "selection" not in torch.load("runs/circuit/checkpoints/last.ckpt", weights_only=True)
+
+
+def test_a_killed_audit_makes_no_attack_twice(uninterrupted: dict[str, Any], tmp_path: Path) -> None:
+    all_of_them = attacks_made(lambda: fit("--trainer.default_root_dir", str(tmp_path / "whole")))
+    assert in_a_child(lambda: dying_in_audit(2, fit)) == -signal.SIGKILL
+    assert in_a_child(lambda: dying_in_audit(2, lambda: fit("--ckpt_path", "last"))) == -signal.SIGKILL
+    assert attacks_made(lambda: fit("--ckpt_path", "last")) == all_of_them - 2 > 0
+    assert results() == uninterrupted
 
 
 def test_what_a_selection_was_told_with_other_settings_is_not_believed() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from forking import in_a_child
-from killed_selection import dying_at, numbers_scored
+from killed_endings import attacks_made, dying_at, dying_in_audit, numbers_scored
 from tiny_circuit import CONFIG, write_material
 
 from pdprune import Audit, Circuit, Frontier
@@ -101,13 +101,24 @@ def test_too_weak_an_attack_is_refused_before_anything_is_learned(capsys: pytest
     assert "audit: got 1 restarts" in capsys.readouterr().err and not Path("runs").exists()
 
 
-def test_a_killed_selection_scores_nothing_twice(uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_killed_endings_scores_nothing_twice(uninterrupted: Path, tmp_path: Path) -> None:
     first = numbers_scored(lambda: fit("--trainer.default_root_dir", str(tmp_path / "whole")))
     of_level = [index for index, number in enumerate(first) if number == 1]  # a scorer each
     in_the_second = of_level[1] + 3
     assert in_a_child(lambda: dying_at(in_the_second + 1, fit)) == -signal.SIGKILL
     assert numbers_scored(lambda: fit("--ckpt_path", "last")) == first[in_the_second:]
     assert files_of(FOLDER) == files_of(uninterrupted)
+
+
+def test_a_killed_audit_makes_no_attack_twice(tmp_path: Path) -> None:
+    twice = ("--model.audit.ladder", "[30]")  # two attacks a batch
+    whole = tmp_path / "whole"
+    all_of_them = attacks_made(lambda: fit(*twice, "--trainer.default_root_dir", str(whole)))
+    of_a_level = all_of_them // len(LEVELS)
+    assert in_a_child(lambda: dying_in_audit(of_a_level + 2, lambda: fit(*twice))) == -signal.SIGKILL
+    assert attacks_made(lambda: fit(*twice, "--ckpt_path", "last")) == all_of_them - of_a_level - 1
+    audits = [f"levels/{level}/audit.json" for level in LEVELS]
+    assert [(FOLDER / audit).read_bytes() for audit in audits] == [(whole / audit).read_bytes() for audit in audits]
 
 
 def test_an_audit_that_is_there_is_not_done_again(uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -20,6 +21,7 @@ from pdprune.adversary.game import Game, Scope, per_batch
 from pdprune.adversary.objective import MaskedLoss, Reference, ReferenceKind, masked_losses
 from pdprune.adversary.second_attack import attack_again, n_free
 from pdprune.batches import Batch, as_batches
+from pdprune.circuits.attack_journal import Attacks
 from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.findings import (
     KL,
@@ -32,6 +34,7 @@ from pdprune.circuits.findings import (
     TaskScores,
 )
 from pdprune.circuits.hypotheses import HypothesisSettings, check_hypotheses, cost_of
+from pdprune.circuits.journal import fingerprint_of
 from pdprune.circuits.matched import interchangeable_nodes, permuted_within, reordered
 from pdprune.decomposition import DecomposedModel
 from pdprune.errors import NonFiniteLossError, UserError, require_at_least, require_gradients
@@ -44,6 +47,7 @@ from pdprune.losses import (
     scored_positions,
     task_loss_and_accuracy,
 )
+from pdprune.precision import computed_in
 from pdprune.progress import part, span
 from pdprune.seeding import generator
 
@@ -85,6 +89,7 @@ def audit(
     reference_batches: Iterable[Any] | None = None,
     max_ablated: int | None = None,
     held_out: bool | None = None,
+    attacks: Attacks | None = None,
     progress: Callable[[str], None] = lambda check: None,
 ) -> Audit:
     """Check a circuit: completely, at random, and against an adversary.
@@ -116,6 +121,7 @@ def audit(
         reference_batches: what mean references are measured on; by default `batches`.
         max_ablated: how many nodes the adversary may ablate. With it, its loss may be below that of complete ablation.
         held_out: whether nothing was chosen on `batches`, for the record.
+        attacks: makes the attacks, and may know some from an audit of the same that was stopped; for one `audit` only.
         progress: told the name of each check as it begins.
 
     Returns:
@@ -139,6 +145,9 @@ def audit(
         reference = Reference.measure(reference, model, measured_on, seed)
     eye = _Eye.on(masked_losses(model, data, loss, reference), loss)
     games = _games(eye.losses, gates, scope, max_ablated)
+    attacks = attacks or Attacks()
+    settings = plan, reference.kind, loss_name(loss), scope, draws, random_circuits, hypotheses, max_ablated
+    attacks.begin(lambda: fingerprint_of(gates, eye.losses, *settings, computed_in(gates.device)))
     cost = plan.cost(games) + len(games) * (4 + draws + random_circuits * passes_of(BRIEF))
     course = _Course(progress, cost + (cost_of(hypotheses, FLOOR, games) if hypotheses else 0))
 
@@ -148,17 +157,17 @@ def audit(
         complement = eye.read_complement(games)
     with course.check(f"{draws} random sources", draws * len(games)):
         drawn = _draw(eye, games, draws, seed)
-    attacked = _attack(games, drawn.worst, plan, course)
+    attacked = _attack(games, drawn.worst, plan, course, attacks)
     with course.check("transfer to other batches", len(games)):
         under_attack = eye.read(games, [worst.entries for worst in attacked.worst])
         transfer = _transfer(games, attacked.worst)
     with course.check(f"{random_circuits} random circuits", random_circuits * len(games) * passes_of(BRIEF)):
-        random = _random_circuits(eye, games, model, random_circuits, seed)
+        random = _random_circuits(eye, games, model, random_circuits, seed, attacks)
     tests = None
     if hypotheses is not None:
         sources = [worst.entries for worst in attacked.worst]
         with course.check("hypothesis tests", cost_of(hypotheses, FLOOR, games)):
-            tests = check_hypotheses(games, model, sources, hypotheses, FLOOR, seed, progress)
+            tests = check_hypotheses(games, model, sources, hypotheses, FLOOR, seed, attacks, progress)
 
     adversarial_loss = _not_below_its_starts(
         attacked.loss,
@@ -509,13 +518,13 @@ class _Attacked(NamedTuple):
     converged: bool | None
 
 
-def _attack(games: Sequence[Game], starts: list[Worst], plan: _Plan, course: _Course) -> _Attacked:
+def _attack(games: Sequence[Game], starts: list[Worst], plan: _Plan, course: _Course, attacks: Attacks) -> _Attacked:
     """All subsets if asked for, the ladder of budgets, and the second attack, from the worst random draws on."""
     worst = starts
     if _tries_all_subsets(games, plan.search):
         for index, game in enumerate(games):
             with course.check("attack by all subsets", 2 ** n_free(game)):
-                worst[index] = _worse(exact_attack(game), worst[index])
+                worst[index] = _worse(attacks.made(game, partial(exact_attack, game)), worst[index])
     base = _loss_of(worst)
     rungs, later = [], False
     for steps in plan.budgets:
@@ -523,7 +532,8 @@ def _attack(games: Sequence[Game], starts: list[Worst], plan: _Plan, course: _Co
         for index, game in enumerate(games):
             rng = generator(plan.seed, "audit-attack", steps, index)
             with course.check(f"attack of {steps} steps, batch {index + 1} of {len(games)}", passes_of(ascent)):
-                worst[index] = attack(game, ascent, rng, pool=[worst[index].entries])
+                pool = [worst[index].entries]
+                worst[index] = attacks.made(game, partial(attack, game, ascent, rng, pool=pool))
         rungs.append(Rung(steps, _loss_of(worst)))
         if steps <= plan.first.steps and plan.search != "exact":
             base = rungs[-1].loss
@@ -534,7 +544,8 @@ def _attack(games: Sequence[Game], starts: list[Worst], plan: _Plan, course: _Co
         for index, game in enumerate(games):
             rng = generator(plan.seed, "audit-second-attack", index)
             with course.check(f"second attack, batch {index + 1} of {len(games)}", passes_of(plan.second)):
-                worst[index] = _worse(attack_again(game, plan.first, rng), worst[index])
+                again = attacks.made(game, partial(attack_again, game, plan.first, rng))
+                worst[index] = _worse(again, worst[index])
     loss = _loss_of(worst)
     converged = loss <= base * (1 + CLIMBS_RELATIVE) + CLIMBS_ABSOLUTE if later else None
     return _Attacked(worst, loss, rungs if plan.ladder else [], converged)
@@ -624,7 +635,7 @@ def _transfer(games: Sequence[Game], worst: Sequence[Worst]) -> _Transfer:
 
 
 def _random_circuits(
-    eye: _Eye, games: Sequence[Game], model: DecomposedModel, count: int, seed: int
+    eye: _Eye, games: Sequence[Game], model: DecomposedModel, count: int, seed: int, attacks: Attacks
 ) -> RandomCircuits | None:
     """Circuits that keep as many nodes of every set of sites, under complete ablation and a brief attack."""
     gates = [g for game in games for g in game.gates]
@@ -639,7 +650,8 @@ def _random_circuits(
         worst = []
         for index, game in enumerate(others):
             with part(circuit * len(others) + index, count * len(others)):
-                worst.append(attack(game, BRIEF, generator(seed, "audit-random-attack", circuit, index)))
+                rng = generator(seed, "audit-random-attack", circuit, index)
+                worst.append(attacks.made(game, partial(attack, game, BRIEF, rng)))
         adversarial += _loss_of(worst) / count
     return RandomCircuits(count, _n_kept(gates), complete, adversarial)
 

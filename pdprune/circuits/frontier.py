@@ -20,6 +20,7 @@ from pdprune.adversary.objective import MaskedLoss, Reference
 from pdprune.adversary.opponent import as_one
 from pdprune.adversary.several import SeveralCircuits
 from pdprune.batches import as_batch
+from pdprune.circuits.attack_journal import AttackJournal
 from pdprune.circuits.circuit import Circuit
 from pdprune.circuits.findings import Audit
 from pdprune.circuits.frontier_curve import Frontier, level_folder, load_level
@@ -373,6 +374,11 @@ class FrontierPruner(LightningModule):
         }
         if going_on:
             checkpoint["selection_of_levels"] = going_on
+        attacked = {
+            name: vars(pruner.attack_journal) for name, pruner in self.levels.items() if pruner.attack_journal.found
+        }
+        if attacked:
+            checkpoint["audit_of_levels"] = attacked
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse gates of another model, or of other levels.
@@ -385,6 +391,8 @@ class FrontierPruner(LightningModule):
             pruner.selected = None if selected is None else Selected(**selected)
         for name, journal in checkpoint.get("selection_of_levels", {}).items():
             self.levels[name].journal = Journal(**journal)
+        for name, journal in checkpoint.get("audit_of_levels", {}).items():
+            self.levels[name].attack_journal = AttackJournal(**journal)
 
     def _identity(self) -> dict[str, Any]:
         first = next(iter(self.levels.values()))

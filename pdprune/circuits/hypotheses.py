@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from pdprune.adversary.attack import Ascent, attack, passes_of
 from pdprune.adversary.game import Game
+from pdprune.circuits.attack_journal import Attacks
 from pdprune.circuits.findings import Comparison, CurvePoint, HypothesisTests, Minimality, Removal
 from pdprune.circuits.matched import interchangeable_nodes, permuted_within, reordered
 from pdprune.decomposition import DecomposedModel
@@ -72,6 +74,7 @@ def check_hypotheses(
     settings: HypothesisSettings,
     ascent: Ascent,
     seed: int,
+    attacks: Attacks,
     progress: Callable[[str], None] = lambda check: None,
 ) -> HypothesisTests:
     """Test a circuit.
@@ -83,11 +86,12 @@ def check_hypotheses(
         settings: which tests.
         ascent: the attack on removals.
         seed: decides all draws.
+        attacks: makes the attacks.
         progress: told the name of each test as it begins.
     """
     progress(f"{settings.circuits} random circuits, ablated")
     sufficiency, necessity = _against_random(games, model, settings.circuits, seed)
-    minimality = _minimality(games, worst, settings, ascent, seed, progress) if settings.removals else None
+    minimality = _minimality(games, worst, settings, ascent, seed, attacks, progress) if settings.removals else None
     progress("ablation curve")
     return HypothesisTests(sufficiency, necessity, minimality, _curve(games, worst, settings.points))
 
@@ -160,6 +164,7 @@ def _minimality(
     settings: HypothesisSettings,
     ascent: Ascent,
     seed: int,
+    attacks: Attacks,
     progress: Callable[[str], None],
 ) -> Minimality | None:
     """How the worst case changes when kept nodes are removed one at a time; None for an empty circuit.
@@ -180,7 +185,7 @@ def _minimality(
     attacked = doubtful[: settings.removal_attacks]
     for node in attacked:
         progress(f"attack without node {node}")
-        changes[node] = max(changes[node], _attacked_without(games, worst, node, ascent, seed) - before)
+        changes[node] = max(changes[node], _attacked_without(games, worst, node, ascent, seed, attacks) - before)
     order = sorted(kept, key=changes.__getitem__)
     return Minimality(
         tested=len(kept),
@@ -209,14 +214,19 @@ def _without(games: Sequence[Game], worst: Sequence[Float[Tensor, "*lead E"]], n
 
 
 def _attacked_without(
-    games: Sequence[Game], worst: Sequence[Float[Tensor, "*lead E"]], node: int, ascent: Ascent, seed: int
+    games: Sequence[Game],
+    worst: Sequence[Float[Tensor, "*lead E"]],
+    node: int,
+    ascent: Ascent,
+    seed: int,
+    attacks: Attacks,
 ) -> float:
     smaller = [_removed(game, node) for game in games]
     pools = _ablating(smaller, worst, node)
-    found = [
-        attack(game, ascent, generator(seed, "hypothesis-removal", node, index), pool=[pool]).entries
-        for index, (game, pool) in enumerate(zip(smaller, pools, strict=True))
-    ]
+    found = []
+    for index, (game, pool) in enumerate(zip(smaller, pools, strict=True)):
+        rng = generator(seed, "hypothesis-removal", node, index)
+        found.append(attacks.made(game, partial(attack, game, ascent, rng, pool=[pool])).entries)
     return _mean(smaller, found)
 
 

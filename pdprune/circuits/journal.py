@@ -46,6 +46,25 @@ def fingerprint_of(ranking: Float[Tensor, "*lead n"], losses: Sequence[MaskedLos
     return digest_of(settings, ranking, [(loss.batch.raw, loss.reference) for loss in losses])
 
 
+class SavesNowAndThen:
+    """Saves when it is asked to, but for once it has just done so, or would do little else.
+
+    Args:
+        save: what saving is.
+    """
+
+    def __init__(self, save: Callable[[], None]) -> None:
+        self._save = save
+        self._at = time.monotonic() + SECONDS_BETWEEN_SAVES
+
+    def __call__(self) -> None:
+        start = time.monotonic()
+        if start >= self._at:
+            self._save()
+            end = time.monotonic()
+            self._at = end + max(SECONDS_BETWEEN_SAVES, (end - start) / SAVING_AT_MOST)
+
+
 @dataclass
 class JournaledScorer:
     """A scorer that answers from a journal as far as that goes, and then writes into it.
@@ -60,10 +79,10 @@ class JournaledScorer:
     journal: Journal
     save: Callable[[], None]
     _asked: int = 0
-    _save_at: float = field(init=False)
+    _save_now_and_then: SavesNowAndThen = field(init=False)
 
     def __post_init__(self) -> None:
-        self._save_at = time.monotonic() + SECONDS_BETWEEN_SAVES
+        self._save_now_and_then = SavesNowAndThen(self.save)
         if self.journal.memory and isinstance(self.scorer, AdversarialScorer):
             self.scorer.recall(self.journal.memory)
 
@@ -84,10 +103,3 @@ class JournaledScorer:
 
     def promise(self, keep: Float[Tensor, "*lead n"]) -> Float[Tensor, "*lead n"]:
         return cast(SmoothScorer, self.scorer).promise(keep)
-
-    def _save_now_and_then(self) -> None:
-        start = time.monotonic()
-        if start >= self._save_at:
-            self.save()
-            end = time.monotonic()
-            self._save_at = end + max(SECONDS_BETWEEN_SAVES, (end - start) / SAVING_AT_MOST)

@@ -22,6 +22,7 @@ from pdprune.adversary.known_outputs import KnownOutputs
 from pdprune.adversary.objective import MaskedLoss, Reference, ReferenceKind, masked_losses
 from pdprune.adversary.opponent import Opponent, TrainingAdversary
 from pdprune.batches import Batch, as_batch, as_batches
+from pdprune.circuits.attack_journal import AttackJournal, Attacks
 from pdprune.circuits.audit import Audit, require_ladder, require_strong
 from pdprune.circuits.audit import audit as audit_circuit
 from pdprune.circuits.circuit import Circuit
@@ -267,6 +268,7 @@ class CircuitPruner(LightningModule):
         self.model = decomposition if isinstance(decomposition, DecomposedModel) else decomposition.load()
         self.selected: Selected | None = None
         self.journal: Journal | None = None
+        self.attack_journal = AttackJournal()
         self.save_journal: Callable[[], None] | None = None
         self._found_elsewhere: Circuit | None = None
         self._scored_all = False
@@ -624,10 +626,10 @@ class CircuitPruner(LightningModule):
             return
         self.to(self.trainer.strategy.root_device)  # which Lightning has just moved it away from
         with computing_in(self.audit.compute, self.device):
+            self.save_journal = partial(save_checkpoint_alone, self.trainer, RunFolder(folder).last)
             if self.selected is None:
-                self.save_journal = partial(save_checkpoint_alone, self.trainer, RunFolder(folder).last)
                 self._select_aloud(datamodule)
-                save_checkpoint_alone(self.trainer, RunFolder(folder).last)
+                self.save_journal()
             self.write_audited(datamodule, folder, self.audit)
 
     def _select_aloud(self, data: CircuitData) -> None:
@@ -661,12 +663,20 @@ class CircuitPruner(LightningModule):
                 max_ablated=self.adversary.max_ablated,
                 held_out=True,
                 seed=self.seed,
+                attacks=self._attacks(),
                 progress=tell,
             )
         circuit = replace(circuit, worst_source=found.worst_source, worst_source_delta=found.worst_source_delta)
         circuit.save(folder)
         found.save(folder)
+        self.attack_journal = AttackJournal()
         return found
+
+    def _attacks(self) -> Attacks:
+        """Those of an audit, kept under the conditions of `_journaled`."""
+        if self.save_journal is None or not isinstance(self.loss, str):
+            return Attacks()
+        return Attacks(self.attack_journal, self.save_journal)
 
     def resolved_config(self) -> dict[str, Any] | None:
         """What the run folder says that this run is; None where there is none."""
@@ -738,6 +748,8 @@ class CircuitPruner(LightningModule):
             checkpoint["selected"] = asdict(self.selected)
         elif self.journal is not None:
             checkpoint["selection"] = asdict(self.journal)
+        if self.attack_journal.found:
+            checkpoint["audit"] = vars(self.attack_journal)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse gates of another model.
@@ -750,6 +762,8 @@ class CircuitPruner(LightningModule):
             self.selected = Selected(**checkpoint["selected"])
         if "selection" in checkpoint:
             self.journal = Journal(**checkpoint["selection"])
+        if "audit" in checkpoint:
+            self.attack_journal = AttackJournal(**checkpoint["audit"])
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must be of."""

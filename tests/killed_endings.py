@@ -1,4 +1,4 @@
-"""Selections that are killed, and what is scored once they are gone on with."""
+"""Selections and audits that are killed, and what is done once they are gone on with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pdprune.circuits import journal
+from pdprune.circuits.attack_journal import Attacks
 from pdprune.circuits.schemes import AdversarialScorer
 
 
@@ -41,3 +42,38 @@ def numbers_scored(fit: Callable[[], int]) -> list[int]:
         patch.setattr(AdversarialScorer, "score", counted)
         assert fit() == 0
     return numbers
+
+
+def dying_in_audit(number: int, fit: Callable[[], int]) -> int:
+    """A fit that is killed when it is about to make its audits' attack of that number; for a child."""
+    made, begun = Attacks.made, [0]
+
+    def dying(self: Any, game: Any, attack: Callable[[], Any]) -> Any:
+        def counted() -> Any:
+            begun[0] += 1
+            if begun[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return attack()
+
+        return made(self, game, counted)
+
+    Attacks.made = dying  # type: ignore[method-assign]
+    journal.SECONDS_BETWEEN_SAVES, journal.SAVING_AT_MOST = 0, float("inf")
+    return fit()
+
+
+def attacks_made(fit: Callable[[], int]) -> int:
+    """How many attacks of its audits a fit makes itself."""
+    made, count = Attacks.made, [0]
+
+    def counting(self: Any, game: Any, attack: Callable[[], Any]) -> Any:
+        def counted() -> Any:
+            count[0] += 1
+            return attack()
+
+        return made(self, game, counted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Attacks, "made", counting)
+        assert fit() == 0
+    return count[0]
