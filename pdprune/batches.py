@@ -51,8 +51,11 @@ class Batch:
     def once(self, question: Hashable, find: Callable[[], Found]) -> Found:
         """The answer to a question about this batch, found the first time that it is asked.
 
-        Losses ask the same ones under every mask, and a GPU has to stop for each.
+        Losses ask the same ones under every mask, and a GPU has to stop for each. In inference mode answers are not
+        kept: no later pass could go backward through them.
         """
+        if torch.is_inference_mode_enabled():
+            return find()
         if question not in self._found:
             self._found[question] = find()
         found: Found = self._found[question]

@@ -114,7 +114,7 @@ def answers(output: Tensor, batch: Batch) -> Int[Tensor, " M"]:
 
 def scored_positions(output: Tensor, batch: Batch) -> Scored:
     """Which rows of the output count, by the batch's `positions`, and else by its attention mask."""
-    return batch.once(("scored", output.shape[:-1]), lambda: _scored_positions(output, batch))
+    return batch.once(("scored", output.shape[:-1], output.device), lambda: _scored_positions(output, batch))
 
 
 def _scored_positions(output: Tensor, batch: Batch) -> Scored:
@@ -155,7 +155,7 @@ def _share(example: Int[Tensor, " M"], size: int) -> Float[Tensor, " M"]:
 
 def _labelled(output: Tensor, batch: Batch, what: str) -> tuple[Scored, Int[Tensor, " M"]]:
     """The scored positions that have a label, with it."""
-    return batch.once(("labelled", output.shape), lambda: _find_labelled(output, batch, what))
+    return batch.once(("labelled", output.shape, output.device), lambda: _find_labelled(output, batch, what))
 
 
 def _find_labelled(output: Tensor, batch: Batch, what: str) -> tuple[Scored, Int[Tensor, " M"]]:

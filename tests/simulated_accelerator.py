@@ -29,7 +29,18 @@ waits: Counter[str] = Counter()
 
 _INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 _COPYING = ("copy_", "_to_copy", "set_")
-_WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "bincount")
+_JOINING = ("cat", "stack")
+_WAITS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "equal",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "bincount",
+    "allclose",
+    "repeat_interleave",
+)
 """Operations whose answer, or the size of whose answer, the host has to see."""
 _ASKED_FOR_BY_NAME = ("copy_", "arange", "arange.start", "arange.start_step", "eye", "eye.m", "randperm")
 """Operations for which PyTorch does not ask the fallback: data on its way to the device, sizes that are found late."""
@@ -86,9 +97,13 @@ def _computed(operation: Any, *args: Any, **kwargs: Any) -> Any:
                 of_held[id(value.held)] = value
                 return value.held
             case Tensor():
-                if value.ndim and name not in _COPYING and not any(value is index for index in may_lie_elsewhere):
+                # A number may lie on the CPU, but not among tensors that are joined.
+                is_operand = value.ndim > 0 or name in _JOINING
+                if is_operand and name not in _COPYING and not any(value is index for index in may_lie_elsewhere):
                     raise RuntimeError(f"{name}: operands are on two devices, {NAME}:0 and {value.device}")
                 return value
+            case torch.Generator():
+                raise RuntimeError(f"{name}: the generator is on {value.device}, not on {NAME}:0")
             case torch.device():
                 return torch.device("cpu")
             case _:

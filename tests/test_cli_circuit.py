@@ -103,7 +103,7 @@ def test_too_weak_an_attack_is_refused_before_anything_is_learned(capsys: pytest
     assert "audit: got 1 restarts" in capsys.readouterr().err and not Path("runs").exists()
 
 
-def test_a_killed_endings_scores_nothing_twice(uninterrupted: dict[str, Any]) -> None:
+def test_a_killed_selection_scores_nothing_twice(uninterrupted: dict[str, Any]) -> None:
     assert in_a_child(lambda: dying_at(7, fit)) == -signal.SIGKILL
     assert in_a_child(lambda: dying_at(3, lambda: fit("--ckpt_path", "last"))) == -signal.SIGKILL
     numbers = numbers_scored(lambda: fit("--ckpt_path", "last"))
@@ -118,6 +118,7 @@ def test_a_killed_audit_makes_no_attack_twice(uninterrupted: dict[str, Any], tmp
     assert in_a_child(lambda: dying_in_audit(2, lambda: fit("--ckpt_path", "last"))) == -signal.SIGKILL
     assert attacks_made(lambda: fit("--ckpt_path", "last")) == all_of_them - 2 > 0
     assert results() == uninterrupted
+    assert "audit" not in torch.load("runs/circuit/checkpoints/last.ckpt", weights_only=True)
 
 
 def test_what_a_selection_was_told_with_other_settings_is_not_believed() -> None:

@@ -101,7 +101,7 @@ def test_too_weak_an_attack_is_refused_before_anything_is_learned(capsys: pytest
     assert "audit: got 1 restarts" in capsys.readouterr().err and not Path("runs").exists()
 
 
-def test_a_killed_endings_scores_nothing_twice(uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_killed_selection_scores_nothing_twice(uninterrupted: Path, tmp_path: Path) -> None:
     first = numbers_scored(lambda: fit("--trainer.default_root_dir", str(tmp_path / "whole")))
     of_level = [index for index, number in enumerate(first) if number == 1]  # a scorer each
     in_the_second = of_level[1] + 3

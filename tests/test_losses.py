@@ -273,3 +273,12 @@ def test_unknown_losses_and_losses_of_the_wrong_shape_are_refused() -> None:
     for wrong in (lambda output, target, batch: output.mean(), lambda output, target, batch: 0.0):
         with pytest.raises(UserError, match=r"expected one loss an example, shape \[5\]"):
             loss_function(wrong)(torch.zeros(B, V), torch.zeros(B, V), batch)
+
+
+def test_gradients_follow_a_loss_in_inference_mode() -> None:
+    batch, output, kl = as_batch(torch.zeros(2, 3, dtype=torch.long)), torch.randn(2, 3, 4), loss_function("kl")
+    with torch.inference_mode():
+        kl(output, output, batch)
+    masked = output.clone().requires_grad_()
+    kl(masked, output, batch).sum().backward()
+    assert masked.grad is not None

@@ -135,7 +135,7 @@ class Game:
         """The sites without what is kept, while gates stand still: they would be multiplied by 0 at every step."""
         if self.lead or any(gates.ndim > 1 or gates.requires_grad for gates in self.gates):
             return None
-        return self.losses[0].model.narrowed_to(self.source(self.free))
+        return self.losses[0].model.narrowed_to(self.source(self.free), self.losses[0].reference)
 
     def mean_loss(self, entries: Float[Tensor, "*lead E"]) -> Float[Tensor, ""]:
         """The loss of the whole batch when the adversary plays `entries`."""

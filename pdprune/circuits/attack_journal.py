@@ -36,6 +36,10 @@ class AttackJournal:
         if self.about != about:
             self.about, self.found = about, {}
 
+    def has_room_for(self, source: Tensor) -> bool:
+        """Whether all sources together stay small enough to be saved again and again."""
+        return sum(entries.numel() for entries, _ in self.found.values()) + source.numel() <= MOST_ENTRIES
+
 
 class Attacks:
     """Makes the attacks of one audit, or knows their outcome from a journal.
@@ -63,7 +67,7 @@ class Attacks:
             entries, losses = (kept.to(game.free.device) for kept in journal.found[number])
             return Worst(game, entries, losses)
         worst = attack()
-        if journal is not None and sum(entries.numel() for entries, _ in journal.found.values()) <= MOST_ENTRIES:
+        if journal is not None and journal.has_room_for(worst.entries):
             journal.found[number] = worst.entries.detach().cpu(), worst.losses.detach().cpu()
             self._save()
         return worst

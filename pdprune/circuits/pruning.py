@@ -412,7 +412,7 @@ class CircuitPruner(LightningModule):
         """What follows a step of the optimiser."""
         self._loss_scale.after_step()
         self._remember_gates()
-        self.selected, self.journal = None, None
+        self.selected, self.journal, self.attack_journal = None, None, AttackJournal()
 
     def shared_loss(self, batch: Batch, step: int) -> MaskedLoss:
         """The loss of a training batch, of which `batch` is this rank's share."""
@@ -669,7 +669,9 @@ class CircuitPruner(LightningModule):
         circuit = replace(circuit, worst_source=found.worst_source, worst_source_delta=found.worst_source_delta)
         circuit.save(folder)
         found.save(folder)
-        self.attack_journal = AttackJournal()
+        if self.attack_journal.found and self.save_journal is not None:
+            self.attack_journal = AttackJournal()
+            self.save_journal()  # without what the audit needs no more
         return found
 
     def _attacks(self) -> Attacks:

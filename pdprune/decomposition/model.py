@@ -21,7 +21,7 @@ from pdprune.decomposition.compiled import CompiledCall, has_hooks
 from pdprune.decomposition.folding import SiteMask, fold, masked_per_token, terms_added
 from pdprune.decomposition.norms import norms_frozen, norms_of, scale_of
 from pdprune.decomposition.sites import EMBEDDING, Site, at_least_float32
-from pdprune.decomposition.stacked import Stack, Stacks, changes_by_site
+from pdprune.decomposition.stacked import Stack, Stacks, changes_by_site, serves_all
 from pdprune.errors import UserError
 from pdprune.fingerprints import bytes_of
 
@@ -105,12 +105,11 @@ class DecomposedModel(nn.Module):
         # Each parameter once per module that owns it (a module under two paths counts once): tied weights stay apart.
         module_paths = {module: name for name, module in target.named_modules()}
         self._target_modules = list(module_paths)
-        self._target_parameters = [
-            (_join(path, key), module._parameters, key)
+        self._place_of = {
+            _join(path, key): (module._parameters, key)
             for module, path in module_paths.items()
             for key in module._parameters
-        ]
-        self._place_of = {name: (own, key) for name, own, key in self._target_parameters}
+        }
         self._site_modules = [target.get_submodule(site.name) for site in sites]
         self._site_prefixes = [_join(module_paths[module], "") for module in self._site_modules]
         self._embeddings = [
@@ -253,13 +252,18 @@ class DecomposedModel(nn.Module):
             with masked_per_token(site_masks):
                 return self._call(parameters, args, kwargs)
 
-    def narrowed_to(self, nodes: Bool[Tensor, " n"]) -> Narrowed:
+    def narrowed_to(self, nodes: Bool[Tensor, " n"], reference: Mapping[str, Tensor] | None = None) -> Narrowed:
         """What `forward` needs for masks that are 1 but for these nodes; made once, it serves any number of passes.
 
         Components are copied, so sites stay whole where that would save little, where reading costs no product, or
-        where one product serves several sites.
+        where one product serves several sites, as it can under references that are the same for all tokens.
+
+        Args:
+            nodes: those that may be taken away.
+            reference: what the passes are given as one.
         """
-        stacked = {site for stack in self._stacked() for site in stack.sites}
+        together = reference is None or all(map(serves_all, reference.values()))
+        stacked = {site for stack in self._stacked() for site in stack.sites} if together else set()
         open_components = nodes.to(self._node_index.device)[self._node_index].split(self._split_sizes)
         sites: list[Site] = []
         components: list[Tensor | None] = []
@@ -344,16 +348,15 @@ class DecomposedModel(nn.Module):
         """The sites that are folded together, for as long as none is changed or moved."""
         together = self.delta_sites.device.type != "cpu" if self.folds_together is None else self.folds_together
         if not together:
+            self._stacks = None
             return ()
         if self._stacks is None or not self._stacks.are_current():
             self._stacks = Stacks(list(self.sites.values()))
         return self._stacks.all
 
-    def _apply(self, fn: Any, recurse: bool = True) -> DecomposedModel:
-        """Moves and casts leave stacks behind."""
-        self._stacks = None
-        super()._apply(fn, recurse)
-        return self
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own stacks."""
+        return self.__dict__ | {"_stacks": None}
 
     def _norms_at(self, scales: Mapping[str, Tensor] | None) -> AbstractContextManager[None]:
         return nullcontext() if scales is None else norms_frozen(self.target, scales)
@@ -384,7 +387,7 @@ class DecomposedModel(nn.Module):
     def _frozen_parameters(self) -> dict[str, Tensor]:
         """Stand-ins for the parameters that would otherwise get gradients."""
         stand_ins = {}
-        for name, parameters, key in self._target_parameters:
+        for name, (parameters, key) in self._place_of.items():
             parameter = parameters[key]
             if parameter is not None and parameter.requires_grad:
                 stand_ins[name] = parameter.detach()
@@ -393,7 +396,9 @@ class DecomposedModel(nn.Module):
     def _call(self, parameters: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._compiled is not None and not has_hooks(self._target_modules):
             # All of them, whichever sites are masked: other names would be compiled anew.
-            everything = {name: own[key].detach() for name, own, key in self._target_parameters if own[key] is not None}
+            everything = {
+                name: own[key].detach() for name, (own, key) in self._place_of.items() if own[key] is not None
+            }
             return self._compiled(self.target, everything | parameters, args, kwargs)
         with self._standing_in(parameters):
             return self.target(*args, **kwargs)

@@ -30,10 +30,11 @@ class Stack:
         first = sites[0]
         self.sites = list(sites)
         self._stores_out_in = first.kind.stores_out_in
-        with torch.no_grad():
+        # Not as inference tensors, which no later pass could go backward through.
+        with torch.inference_mode(False), torch.no_grad():
             self._V = None if first.reads_columns else _stack([site.V for site in sites])
-            U = _stack([site.U for site in sites])
-            self._U = U.mT if first.kind.stores_out_in else U  # both as the parameters lie: [S, O, C] or [S, C, O]
+            # As the parameters lie: [S, O, C] or [S, C, O].
+            self._U = _stack([site.U.t() if site.kind.stores_out_in else site.U for site in sites])
             deltas = [site.delta if site.kind.stores_out_in else site.delta.t() for site in sites]
             self._delta = _stack(deltas) if first.has_delta else None
 
@@ -75,15 +76,19 @@ class Stacks:
                 by_shape.setdefault(shape_of(site), []).append(site)
         alike = [group for group in by_shape.values() if len(group) > 1]
         self.all = [Stack(group) for group in alike]
-        self._made_of = [tensor for group in alike for site in group for tensor in site.buffers()]
-        self._version = self._version_now()
+        stacked = [site for group in alike for site in group]
+        self._made_of = [(site, *held, _version(held[1])) for site in stacked for held in site.named_buffers()]
 
     def are_current(self) -> bool:
-        """Whether the sites are as they were, as far as PyTorch tells."""
-        return self._version == self._version_now()
+        """Whether the sites hold the tensors that they held, unchanged as far as PyTorch tells."""
+        return all(
+            site._buffers[name] is tensor and _version(tensor) == version
+            for site, name, tensor, version in self._made_of
+        )
 
-    def _version_now(self) -> int:
-        return sum(0 if tensor.is_inference() else tensor._version for tensor in self._made_of)
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def is_small(site: Site) -> bool:
@@ -109,12 +114,13 @@ def changes_by_site(stacks: Sequence[Stack], site_masks: Sequence[SiteMask]) -> 
         k_delta = [at.k_delta for at in own if at.k_delta is not None]
         references = [at.reference for at in own if at.reference is not None]
         alike = len(k) == len(stack.sites) and {len(k_delta), len(references)} <= {0, len(k)}
-        if alike and all(_serves_all(reference) for reference in references):
+        if alike and all(serves_all(reference) for reference in references):
             found |= stack.changes(k, k_delta, references)
     return found
 
 
-def _serves_all(reference: Tensor) -> bool:
+def serves_all(reference: Tensor) -> bool:
+    """Whether a reference is the same for all tokens, so that it can be a term of the bias."""
     return reference.ndim == 1 and reference.is_floating_point()
 
 

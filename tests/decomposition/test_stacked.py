@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import pickle
+from collections.abc import Callable, Mapping
 
 import hypothesis.strategies as st
 import pytest
@@ -119,18 +121,44 @@ def test_on_a_cpu_sites_are_folded_one_by_one_unless_told() -> None:
     assert model._stacks is None
 
 
-@pytest.mark.parametrize("how", ["in place", "cast"])
-def test_what_is_stacked_follows_the_sites(how: str) -> None:
+def changed_in_place(model: DecomposedModel) -> None:
+    model.sites["mix.1"].U.mul_(-3)
+
+
+def replaced(model: DecomposedModel) -> None:
+    model.sites["mix.1"].U = -3 * model.sites["mix.1"].U
+
+
+def loaded(model: DecomposedModel) -> None:
+    state = model.state_dict()
+    model.load_state_dict({name: -3 * tensor for name, tensor in state.items()}, assign=True, strict=False)
+
+
+@pytest.mark.parametrize("change", [changed_in_place, replaced, loaded, DecomposedModel.double])
+def test_what_is_stacked_follows_the_sites(change: Callable[[DecomposedModel], object]) -> None:
     model = model_of("components", dtype=torch.float32)
-    output_and_gradients(model, True, None)
-    if how == "in place":
-        model.sites["mix.1"].U.mul_(-3)
-    else:
-        model.double()
-    each, together = (output_and_gradients(model, one_product, None) for one_product in (False, True))
-    assert together[0].dtype == (torch.float32 if how == "in place" else torch.float64)
+    before, *_ = output_and_gradients(model, True, None)
+    change(model)
+    together, each = (output_and_gradients(model, one_product, None) for one_product in (True, False))
     for one, other in zip(each, together, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert before.dtype != together[0].dtype or not torch.allclose(before, together[0])
+
+
+def test_copies_make_their_own_stacks() -> None:
+    model = model_of("components")
+    expected = output_and_gradients(model, True, None)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied._stacks is None
+        torch.testing.assert_close(output_and_gradients(copied, True, None), expected)
+
+
+def test_gradients_follow_a_pass_in_inference_mode() -> None:
+    model = model_of("components")
+    model.folds_together = True
+    with torch.inference_mode():
+        model(ids_of(), torch.full((model.n_nodes,), 0.5, dtype=torch.double))
+    output_and_gradients(model, True, None)
 
 
 def test_large_sites_are_not_stored_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,3 +179,5 @@ def test_sites_that_were_narrowed_are_folded_by_themselves() -> None:
     model.folds_together = True
     torch.testing.assert_close(model(ids_of(), mask, narrowed=narrowed), expected, rtol=1e-10, atol=1e-10)
     assert all(left is None for left in model.narrowed_to(is_open).components)
+    by_token = model.narrowed_to(is_open, model.site_inputs(ids_of(1)))
+    assert any(left is not None for left in by_token.components), "one product cannot serve these"
