@@ -150,18 +150,21 @@ def quotes() -> list[Any]:
     return [torch.tensor([list(text.encode()) for text in texts])]
 
 
-def pruned_and_audited(device: str, basis: Any) -> tuple[Circuit, Audit]:
-    model = decompose(network(), ["*.mlp.down", "*.attn.out"], basis).to(device)
+def pruned_and_audited(device: str, basis: Any, moved: str = "the model") -> tuple[Circuit, Audit]:
+    target = network().to(device if moved == "the target" else "cpu")
+    model = decompose(target, ["*.mlp.down", "*.attn.out"], basis)
+    if moved == "the model":
+        model.to(device)
     circuit = prune(model, quotes(), target_loss=0.05, reference="mean", steps=3)
     findings = audit(model, circuit, quotes(), reference="mean", draws=2, random_circuits=0)
     assert model.delta_sites.device.type == device
     return circuit, findings
 
 
-@pytest.mark.parametrize("basis", ["neuron", "svd"])
-def test_from_python_the_model_says_where(basis: Any, elsewhere: Executor) -> None:
+@pytest.mark.parametrize(("basis", "moved"), [("neuron", "the model"), ("svd", "the target")])
+def test_from_python_the_model_says_where(basis: Any, moved: str, elsewhere: Executor) -> None:
     here, found_here = pruned_and_audited("cpu", basis)
-    there, found_there = elsewhere.submit(pruned_and_audited, NAME, basis).result()
+    there, found_there = elsewhere.submit(pruned_and_audited, NAME, basis, moved).result()
     assert torch.equal(there.keep, here.keep)
     assert found_there.adversarial.loss == pytest.approx(found_here.adversarial.loss, rel=1e-3)
 

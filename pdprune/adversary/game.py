@@ -122,7 +122,7 @@ class Game:
 
     def everywhere(self, flag: bool) -> bool:
         """Whether something is so on all ranks, where each has groups of its own."""
-        return not self._anywhere(torch.tensor(not flag, device=self.free.device))
+        return not self._anywhere(torch.tensor(not flag, device=self.free.device)) if self.separable else flag
 
     def at_once(self, *, exhaustive: bool = False) -> int:
         """How many sources should be played together; only in exhaustive search on a CPU is that more than one."""

@@ -93,7 +93,8 @@ class DecomposedModel(nn.Module):
         self.n_nodes = len(self.nodes)
         self.n_sites = len(self.sites)
         self._has_deltas = any(site.has_delta for site in sites)
-        self.register_buffer("delta_sites", torch.tensor([site.has_delta for site in sites]), persistent=False)
+        delta_sites = torch.tensor([site.has_delta for site in sites], device=sites[0].U.device)
+        self.register_buffer("delta_sites", delta_sites, persistent=False)
 
         # Every component's node, site after site: one gather and one split hand a mask to all sites. Where each
         # component is a node of its own, the gather would change nothing and is left out.
