@@ -23,11 +23,13 @@ from simulated_accelerator import NAME, ON_IT, install, waits
 from test_cli_decomposition import CONFIG as LEARNING
 from tiny_circuit import PROMPTS, QUICK, network, write_material
 
-from pdprune import Audit, Circuit, audit, decompose, prune
+from pdprune import Audit, Circuit, audit, decompose, load_decomposition, prune
 from pdprune.adversary.attack import Ascent, Climber
 from pdprune.adversary.game import Game
 from pdprune.adversary.objective import MaskedLoss
 from pdprune.batches import as_batch
+from pdprune.decomposition.importances import CausalImportances, ImportanceSettings, importance_mask
+from pdprune.decomposition.saved import save_decomposition
 from pdprune.targets import TMS, TMSConfig
 from pdprune.targets.store import save_target
 from pdprune.train import main
@@ -167,6 +169,23 @@ def test_from_python_the_model_says_where(basis: Any, moved: str, elsewhere: Exe
     there, found_there = elsewhere.submit(pruned_and_audited, NAME, basis, moved).result()
     assert torch.equal(there.keep, here.keep)
     assert found_there.adversarial.loss == pytest.approx(found_here.adversarial.loss, rel=1e-3)
+
+
+def importances_on(device: str, folder: Path) -> tuple[str, torch.Tensor]:
+    model = load_decomposition(folder, network().to(device))
+    return model.delta_sites.device.type, importance_mask(model, quotes()[0].to(device)).cpu()
+
+
+def test_a_saved_decomposition_is_loaded_to_where_its_target_is(elsewhere: Executor, tmp_path: Path) -> None:
+    model = decompose(network(), ["*.mlp.down"], "svd")
+    model.importances = CausalImportances(model.sites, ImportanceSettings("component_mlp", (4,)))
+    save_decomposition(tmp_path / "saved", model)
+    (device, there), (_, here) = (
+        elsewhere.submit(importances_on, NAME, tmp_path / "saved").result(),
+        importances_on("cpu", tmp_path / "saved"),
+    )
+    assert device == NAME
+    torch.testing.assert_close(there, here)
 
 
 def waits_of_a_step() -> dict[str, int]:

@@ -176,7 +176,7 @@ class _Saved:
             },
             f"{self.file}: importances",
         )
-        return importances.requires_grad_(False)
+        return importances.to(model.delta_sites.device).requires_grad_(False)
 
 
 def load_checked(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

@@ -54,7 +54,7 @@ def read_importances(
         settings, state = _by_site(model, tensors.functions, config, SIGMOIDS[sigmoid], where)
     importances = CausalImportances(model.sites, settings)
     load_checked(importances, {name: tensor.float() for name, tensor in state.items()}, where)
-    return importances.requires_grad_(False)
+    return importances.to(model.delta_sites.device).requires_grad_(False)
 
 
 def _by_site(
