@@ -215,7 +215,7 @@ def test_a_fit_is_one_line_on_a_terminal_and_none_in_a_pipe(
     terminal: FakeTerminal, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(write_material(tmp_path))
-    assert main(["fit", *QUICK]) == 0
+    assert main(["fit", *QUICK, "--model.audit.draws", "500"]) == 0  # the line is drawn ten times a second
     shown = terminal.words
     for words in ("training: step 3/3  loss", "selection: bisecting", "audit: ", "to go"):
         assert words in shown
