@@ -4,8 +4,8 @@ Lightning's own handlers act wherever the signal happens to come. In the middle 
 new, so that what SLURM's handler saves there cannot be gone on from exactly; and with several ranks the broadcast of
 the handler for SIGTERM may meet quite another message of a rank that is elsewhere.
 
-Outside of training there is nothing to save: what selects saves by itself, and what audits or reports is made anew, to
-the same end. SIGTERM ends it as it ends any process, and so does SLURM's warning, once the job is queued again.
+Outside of training there is nothing to save: what selects or audits saves by itself, and a report is made anew, to the
+same end. SIGTERM ends it as it ends any process, and so does SLURM's warning, once the job is queued again.
 """
 
 from __future__ import annotations

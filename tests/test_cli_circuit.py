@@ -20,17 +20,13 @@ from tiny_circuit import PROMPTS, network, write_material
 from pdprune.targets.store import save_target
 from pdprune.train import main
 
+pytestmark = pytest.mark.usefixtures("in_a_copy")
+
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a target, a task and a config."""
     return write_material(tmp_path_factory.mktemp("material"))
-
-
-@pytest.fixture(autouse=True)
-def _in_a_copy(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(material, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ LEVELS = ["target_loss-0.05", "target_loss-0.2", "target_loss-1.0"]
 PARTS = ("frontier.json", "frontier.csv", "frontier.html", "metrics.csv", "config.yaml")
 QUICK = {"draws": 2, "random_circuits": 0, "test_ladder": [20], "hypotheses": {"circuits": 0, "points": 2}}
 
+pytestmark = pytest.mark.usefixtures("in_a_copy")
+
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -37,12 +39,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = CONFIG | {"model": model, "trainer": CONFIG["trainer"] | {"max_steps": 12}}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _in_a_copy(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(material, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,8 @@ COMPONENTS = {
     "data": {"class_path": "pdprune.tasks.TaskData", "init_args": {"task": "quotes.jsonl", "target": "tiny"}},
 }
 
+pytestmark = pytest.mark.usefixtures("in_a_copy")
+
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -72,12 +74,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "light.yaml").write_text(yaml.safe_dump(LIGHT))
     (folder / "components.yaml").write_text(yaml.safe_dump(COMPONENTS))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _in_a_copy(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(material, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
 
 
 CIRCUIT = ("--config", "circuit.yaml", "--config", "light.yaml", "--trainer.default_root_dir", "runs/here")

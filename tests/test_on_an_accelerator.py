@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
@@ -34,9 +33,12 @@ from pdprune.targets import TMS, TMSConfig
 from pdprune.targets.store import save_target
 from pdprune.train import main
 
-pytestmark = pytest.mark.skipif(
-    not simulated_accelerator.can_be_simulated(), reason="this PyTorch takes no devices written in Python"
-)
+pytestmark = [
+    pytest.mark.usefixtures("in_a_copy"),
+    pytest.mark.skipif(
+        not simulated_accelerator.can_be_simulated(), reason="this PyTorch takes no devices written in Python"
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +50,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     learning = LEARNING | {"model": LEARNING["model"] | {"init_args": init_args}}
     (folder / "learning.yaml").write_text(yaml.safe_dump(learning, sort_keys=False))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _in_a_copy(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(material, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -408,7 +408,7 @@ class DecomposedModel(nn.Module):
     def _standing_in(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
         """The target with these tensors in place of its parameters, as `torch.func.functional_call` does it.
 
-        That looks every name up in the network, twice a pass, which takes as long as half of a small network's pass.
+        That looks every name up in the network, twice a pass, which shows where a network is small.
         """
         places = [self._place_of[name] for name in parameters]
         before = [own[key] for own, key in places]

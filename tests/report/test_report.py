@@ -46,6 +46,8 @@ TOY: dict[str, Any] = {
     },
 }
 
+pytestmark = pytest.mark.usefixtures("in_a_copy")
+
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -61,12 +63,6 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         small = ["--model.scheme", "complete", "--trainer.default_root_dir", "runs/small"]
         assert main(["fit", "--config", "circuit.yaml", *small]) == 0
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _in_a_copy(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(material, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
 
 
 def kept_by(name: str) -> set[int]:
