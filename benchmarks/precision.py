@@ -3,6 +3,7 @@
     python benchmarks/precision.py                                  # the quickstart: float32 against bf16-mixed
     python benchmarks/precision.py --seeds 0 1 2                    # a row for each, and their mean
     python benchmarks/precision.py --precision 16-mixed --device cuda
+    python benchmarks/precision.py --bits 11                        # float16's rounding, where there is no GPU
     python benchmarks/precision.py -- --model.decomposition.target sparse-py   # what follows `--` goes to every fit
 
 Wanted are a Jaccard index of the kept nodes of at least 0.95 and a worst case within 2 %. As a yardstick each float32
@@ -13,6 +14,9 @@ flags have another folder.
 Where selection stops below the target loss is a matter of luck, so that circuits of one ranking may differ by some
 nodes. Therefore of both rankings the top of one size is audited besides. And float32's circuits are audited in half
 precision too (`model.audit.compute`), which tells the precision of an audit from that of a fit.
+
+On a CPU Lightning makes bfloat16 of float16. With `--bits` the other fits are in float32, and products are rounded to so
+many bits while gates are learned (`rounded_products.py`): 11 as in float16, 8 as in bfloat16.
 """
 
 from __future__ import annotations
@@ -43,12 +47,21 @@ COMPUTE: dict[str, Compute] = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
 """What a precision of the trainer computes matrix products in."""
 
 
-def fitted(folder: Path, config: str, precision: str, seed: int, rest: list[str]) -> dict[str, Any]:
+def in_precision(precision: str) -> list[str]:
+    """The flags of a fit in a precision of the trainer's."""
+    return ["--trainer.precision", precision]
+
+
+def in_bits(bits: int) -> list[str]:
+    """The flags of a fit in float32 whose products are rounded to so many bits."""
+    return ["--trainer.callbacks+=rounded_products.RoundsProducts", f"--trainer.callbacks.bits={bits}"]
+
+
+def fitted(folder: Path, config: str, how: list[str], seed: int, rest: list[str]) -> dict[str, Any]:
     """The kept nodes, their ranking and the audit of one fit."""
     if not RunFolder(folder).is_finished:
         place = ["--trainer.default_root_dir", str(folder), "--ckpt_path", "last"]
-        how = ["--trainer.precision", precision, "--seed_everything", str(seed)]
-        if status := train(["fit", "--config", config, *place, *how, *rest]):
+        if status := train(["fit", "--config", config, *place, *how, "--seed_everything", str(seed), *rest]):
             sys.exit(status)
     state = torch.load(RunFolder(folder).last, weights_only=True)["state_dict"]
     audit = json.loads((folder / "audit.json").read_text())
@@ -151,7 +164,9 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.yaml")
-    parser.add_argument("--precision", default="bf16-mixed", choices=[*COMPUTE])
+    half_precision = parser.add_mutually_exclusive_group()
+    half_precision.add_argument("--precision", default="bf16-mixed", choices=[*COMPUTE])
+    half_precision.add_argument("--bits", type=int, choices=range(4, 24), metavar="4-23", help="of rounded products")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of fits and audits")
     parser.add_argument("rest", nargs="*", help="after `--`: flags of every fit")
@@ -159,24 +174,28 @@ def main() -> None:
     folder = folder_of(args.config, args.device, args.rest)
     rest = ["--trainer.accelerator", {"cpu": "cpu", "cuda": "gpu"}[args.device], *args.rest]
 
-    def fit(precision: str, seed: int) -> dict[str, Any]:
-        return fitted(folder / f"{precision}-{seed}", args.config, precision, seed, rest)
+    name, flags = args.precision, in_precision(args.precision)
+    if args.bits is not None:
+        name, flags = f"{args.bits}-bits", in_bits(args.bits)
 
-    exact = {seed: fit("32-true", seed) for seed in (*args.seeds, args.seeds[-1] + 1)}
+    def fit(name: str, flags: list[str], seed: int) -> dict[str, Any]:
+        return fitted(folder / f"{name}-{seed}", args.config, flags, seed, rest)
+
+    exact = {seed: fit("32-true", in_precision("32-true"), seed) for seed in (*args.seeds, args.seeds[-1] + 1)}
     runs = {seed: loaded(folder / f"32-true-{seed}", args.device) for seed in args.seeds}
-    half = {
-        f"{args.precision}, seed {seed}": compared(run, exact[seed], fit(args.precision, seed))
-        for seed, run in runs.items()
-    }
+    half = {f"{name}, seed {seed}": compared(run, exact[seed], fit(name, flags, seed)) for seed, run in runs.items()}
     others = {f"seed {b} in place of {a}": compared(runs[a], exact[a], exact[b]) for a, b in itertools.pairwise(exact)}
-    compute = COMPUTE[args.precision]
-    audits = {f"{compute}, seed {seed}": audited_in_both(run, exact[seed], compute) for seed, run in runs.items()}
+    audits = {}
+    if args.bits is None:
+        compute = COMPUTE[args.precision]
+        audits = {f"{compute}, seed {seed}": audited_in_both(run, exact[seed], compute) for seed, run in runs.items()}
     about = {"torch": torch.__version__, "cuda": torch.cuda.is_available(), "config": args.config, "flags": args.rest}
-    write_atomically(folder / f"{args.precision}.json", json.dumps(about | half | others | audits, indent=1).encode())
+    write_atomically(folder / f"{name}.json", json.dumps(about | half | others | audits, indent=1).encode())
     print(table(half | others))
-    print(audits_table(audits))
-    for name, found in (("circuits", half), ("tops of one size", {name: row["tops"] for name, row in half.items()})):
-        print(f"{name}: {verdict(list(found.values()))}")
+    if audits:
+        print(audits_table(audits))
+    print(f"circuits: {verdict([*half.values()])}")
+    print(f"tops of one size: {verdict([row['tops'] for row in half.values()])}")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from documentation.session import parse
 
 import pdprune
+from pdprune.seeding import generator
 from pdprune.targets import load_target
 from pdprune.train import main
 
@@ -57,6 +59,29 @@ def test_levels_that_run_as_one_batch_share_their_operators(monkeypatch: pytest.
     batch = random_text(target, 256, "cpu")
     one, sixteen = (frontier.operators_of(frontier.step_of(model, batch, levels), model) for levels in (1, 16))
     assert one > 100 and sixteen < 2 * one
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(8, torch.bfloat16), (11, torch.float16)])
+def test_products_are_rounded_as_half_precision_would(
+    bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both operands, the result, and the gradients of all three; in the steps of a training only."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from rounded_products import RoundsProducts, rounded
+
+    x, w, g = (torch.randn(8, 8, generator=generator(0, name)) for name in "xwg")
+    x_half, w_half, g_half = (tensor.to(dtype).float() for tensor in (x, w, g))
+    assert torch.equal(rounded(x, bits), x_half) and not torch.equal(x, x_half)
+
+    callback = RoundsProducts(bits)
+    leaf = x.clone().requires_grad_()
+    callback.on_train_batch_start()
+    y = F.linear(leaf, w)
+    callback.on_train_batch_end()
+    (gradient,) = torch.autograd.grad(y, leaf, g)
+    assert torch.equal(y, (x_half @ w_half.t()).to(dtype).float())
+    assert torch.equal(gradient, (g_half @ w_half).to(dtype).float())
+    assert torch.equal(F.linear(x, w), x @ w.t())
 
 
 @pytest.mark.parametrize(("part", "count"), [([], 11), (["large"], 3)])
