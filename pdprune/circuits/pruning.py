@@ -555,17 +555,23 @@ class CircuitPruner(LightningModule):
         return select_open_gates(self.gates(), scores)
 
     def _journaled(self, scores: Scorer, ranking: Tensor, losses: Sequence[MaskedLoss]) -> Scorer:
-        """The scorer with what an earlier, stopped selection of the same circuit was told.
-
-        From Python it is left as it is, and so is one of a loss of the user's own, which cannot be told from another.
-        """
-        if self.save_journal is None or not isinstance(self.loss, str):
+        """The scorer with what an earlier, stopped selection of the same circuit was told."""
+        save = self._saves_journals()
+        if save is None:
             return scores
         settings = [getattr(self, name) for name in ANSWERS_FOLLOW_FROM]
         about = fingerprint_of(ranking, losses, self.loss, settings, self.adversary.max_ablated, self.audit.compute)
         if self.journal is None or self.journal.about != about:
             self.journal = Journal(about)
-        return JournaledScorer(scores, self.journal, self.save_journal)
+        return JournaledScorer(scores, self.journal, save)
+
+    def _saves_journals(self) -> Callable[[], None] | None:
+        """Puts what a selection was told and an audit found where it outlives the process.
+
+        None where there is no such place, as from Python, and with a loss of the user's own, which cannot be told from
+        another.
+        """
+        return self.save_journal if isinstance(self.loss, str) else None
 
     def scorer(self, losses: Sequence[MaskedLoss]) -> Scorer:
         """The scheme that the gates learn under, as a judge of binary circuits."""
@@ -675,10 +681,9 @@ class CircuitPruner(LightningModule):
         return found
 
     def _attacks(self) -> Attacks:
-        """Those of an audit, kept under the conditions of `_journaled`."""
-        if self.save_journal is None or not isinstance(self.loss, str):
-            return Attacks()
-        return Attacks(self.attack_journal, self.save_journal)
+        """Those of an audit, known again if an earlier, stopped one made them."""
+        save = self._saves_journals()
+        return Attacks() if save is None else Attacks(self.attack_journal, save)
 
     def resolved_config(self) -> dict[str, Any] | None:
         """What the run folder says that this run is; None where there is none."""
