@@ -15,8 +15,8 @@ Where selection stops below the target loss is a matter of luck, so that circuit
 nodes. Therefore of both rankings the top of one size is audited besides. And float32's circuits are audited in half
 precision too (`model.audit.compute`), which tells the precision of an audit from that of a fit.
 
-On a CPU Lightning makes bfloat16 of float16. With `--bits` the other fits are in float32, and products are rounded to so
-many bits while gates are learned (`rounded_products.py`): 11 as in float16, 8 as in bfloat16.
+On a CPU Lightning makes bfloat16 of float16. With `--bits` the other fits are in float32, and products are rounded to
+so many bits while gates are learned (`rounded_products.py`): 11 as in float16, 8 as in bfloat16.
 """
 
 from __future__ import annotations
