@@ -178,8 +178,8 @@ def main() -> None:
     if args.bits is not None:
         name, flags = f"{args.bits}-bits", in_bits(args.bits)
 
-    def fit(name: str, flags: list[str], seed: int) -> dict[str, Any]:
-        return fitted(folder / f"{name}-{seed}", args.config, flags, seed, rest)
+    def fit(kind: str, how: list[str], seed: int) -> dict[str, Any]:
+        return fitted(folder / f"{kind}-{seed}", args.config, how, seed, rest)
 
     exact = {seed: fit("32-true", in_precision("32-true"), seed) for seed in (*args.seeds, args.seeds[-1] + 1)}
     runs = {seed: loaded(folder / f"32-true-{seed}", args.device) for seed in args.seeds}

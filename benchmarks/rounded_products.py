@@ -4,10 +4,11 @@ Matrix products of half precision read operands of few bits and sum in float32. 
 that have been rounded, but for the range of exponents, which a loss scale is there for. bfloat16 keeps 8 bits of each
 number, float16 11, float32 24.
 
-    --trainer.callbacks+=rounded_products.RoundsProducts --trainer.callbacks.bits=11
+    python benchmarks/precision.py --bits 11
 
-rounds what the layers of a network read and return in training steps, forwards and backwards. What pdprune keeps in
-float32 is left alone: masks are not folded by the operators that are rounded here, nor is anything outside of training.
+rounds what the layers of a network read and return in training steps, forwards and backwards, by a callback that any
+fit can be given where this folder is on PYTHONPATH. What pdprune keeps in float32 is left alone: masks are not folded by
+the operators that are rounded here, nor is anything outside of training.
 """
 
 from __future__ import annotations

@@ -566,7 +566,7 @@ class CircuitPruner(LightningModule):
         return JournaledScorer(scores, self.journal, save)
 
     def _saves_journals(self) -> Callable[[], None] | None:
-        """Puts what a selection was told and an audit found where it outlives the process.
+        """What puts a selection's answers and an audit's attacks where they outlive the process.
 
         None where there is no such place, as from Python, and with a loss of the user's own, which cannot be told from
         another.
