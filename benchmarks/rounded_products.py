@@ -7,8 +7,8 @@ number, float16 11, float32 24.
     python benchmarks/precision.py --bits 11
 
 rounds what the layers of a network read and return in training steps, forwards and backwards, by a callback that any
-fit can be given where this folder is on PYTHONPATH. What pdprune keeps in float32 is left alone: masks are not folded by
-the operators that are rounded here, nor is anything outside of training.
+fit can be given where this folder is on PYTHONPATH. What pdprune keeps in float32 is left alone: masks are not folded
+by the operators that are rounded here, nor is anything outside of training.
 """
 
 from __future__ import annotations
